@@ -1,0 +1,174 @@
+"""What a slot is made of, and the slug that names its ratchet. It runs no trial and makes no CUDA context.
+
+`python -m raysearch.profile` prints the hardware that a process here would train on, as JSON: slots run it in a process
+of its own, so that neither the driver library nor torch ends up in a worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import psutil
+
+from raysearch.model import Profile
+
+MIB_PER_GIB = 1024
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One slot's hardware.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        name: GPU model or CPU model.
+        memory_mb: GPU memory in MiB, 0 on a CPU.
+        capability: CUDA compute capability (`8.6`), empty on a CPU.
+        driver: NVIDIA driver version, empty on a CPU.
+        uuid: Of the GPU, empty on a CPU.
+        cores: CPU cores of the machine.
+        torch: Version of torch that trials will import.
+    """
+
+    device: str
+    name: str
+    memory_mb: int
+    capability: str
+    driver: str
+    uuid: str
+    cores: int
+    torch: str
+
+
+def detect() -> list[Hardware]:
+    """The GPUs that a child of this process may use, in CUDA's order; the CPU when there is none."""
+    gpus = _gpus()
+    return gpus if gpus else [_cpu()]
+
+
+def _cpu() -> Hardware:
+    return Hardware(
+        device="cpu",
+        name=_cpu_name(),
+        memory_mb=0,
+        capability="",
+        driver="",
+        uuid="",
+        cores=psutil.cpu_count() or 1,
+        torch=_torch_version(),
+    )
+
+
+def cpu() -> Hardware:
+    """The CPU, also where there are GPUs."""
+    return _cpu()
+
+
+def _gpus() -> list[Hardware]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an unrelated package named pynvml warns at import
+        nvml: Any = importlib.import_module("pynvml")  # untyped
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return []
+    try:
+        driver = _text(nvml.nvmlSystemGetDriverVersion())
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        found: list[Hardware] = []
+        for handle in handles:
+            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+            found.append(
+                Hardware(
+                    device="cuda",
+                    name=_text(nvml.nvmlDeviceGetName(handle)),
+                    memory_mb=int(nvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20,
+                    capability=f"{major}.{minor}",
+                    driver=driver,
+                    uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+                    cores=psutil.cpu_count() or 1,
+                    torch=_torch_version(),
+                )
+            )
+    finally:
+        nvml.nvmlShutdown()
+    return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible(gpus: list[Hardware], cuda_visible_devices: str | None) -> list[Hardware]:
+    """The GPUs that CUDA would show: by index or UUID prefix, up to the first entry that names none."""
+    if cuda_visible_devices is None:
+        return gpus
+    chosen: list[Hardware] = []
+    for entry in (part.strip() for part in cuda_visible_devices.split(",")):
+        matches = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
+        if entry.isdecimal() and int(entry) < len(gpus):
+            matches = [gpus[int(entry)]]
+        if not matches:
+            break
+        chosen.append(matches[0])
+    return chosen
+
+
+def base_slug(hardware: Hardware) -> str:
+    """Short name of a kind of hardware: `rtx3060-12gb`, `h100-80gb`, `h100-pcie-80gb`, `cpu`."""
+    if hardware.device == "cpu":
+        return "cpu"
+    name = re.sub(
+        r"\b(nvidia|geforce|tesla|quadro|generation|gpu|hbm\w*|sxm\w*|\d+\s*gb)\b", " ", hardware.name.lower()
+    )
+    name = name.replace("rtx ", "rtx").replace("gtx ", "gtx")
+    name = re.sub(r"(\d) (ti|super)\b", r"\1\2", re.sub(r"\s+", " ", name.replace("-", " ")).strip())
+    name = re.sub(r"(ti) (super)\b", r"\1\2", name)
+    gigabytes = round(hardware.memory_mb / MIB_PER_GIB)
+    return f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-') or 'gpu'}-{gigabytes}gb"
+
+
+def same_profile(one: Profile, other: Profile) -> bool:
+    """Whether scores of the two may be compared: everything but the slug is equal."""
+    return dataclasses.replace(one, slug="") == dataclasses.replace(other, slug="")
+
+
+def with_slug(profile: Profile, base: str, taken: Collection[str]) -> Profile:
+    """Names a new profile: `base`, or with four digits of its hash when another kind has that name already."""
+    if base not in taken:
+        return dataclasses.replace(profile, slug=base)
+    facts = json.dumps(dataclasses.asdict(dataclasses.replace(profile, slug="")), sort_keys=True)
+    return dataclasses.replace(profile, slug=f"{base}-{hashlib.sha256(facts.encode()).hexdigest()[:4]}")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return " ".join(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _torch_version() -> str:
+    try:
+        return metadata.version("torch")  # from the package's metadata: importing torch takes seconds
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+if __name__ == "__main__":
+    print(json.dumps([dataclasses.asdict(hardware) for hardware in detect()]))  # noqa: T201
