@@ -386,6 +386,10 @@ class Study:
         screened = self.trials.get(screen_id(candidate_id))
         return screened.measurement.value if screened and screened.measurement else None
 
+    def queued(self) -> dict[str, list[Trial]]:
+        """Trials that wait for a slot, by profile, in the order in which they get one."""
+        return {slug: list(self._queued(lane)) for slug, lane in self.lanes.items()}
+
     # ---- commands out ----
 
     def next_commands(
@@ -410,7 +414,7 @@ class Study:
             return [] if self.running else [Finish("stopped: the runs in flight have ended")]
         busy = {state.slot for state in self.running.values()}
         free = [slot for slot in slots if slot.id not in busy]
-        queued = {slug: list(self._queued(lane)) for slug, lane in self.lanes.items()}
+        queued = self.queued()
         commands: list[Command] = []
         for trial, slot in schedule.assign((trial for trials in queued.values() for trial in trials), free):
             previous = self.trials.get(trial.id)
