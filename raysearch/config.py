@@ -1,0 +1,178 @@
+"""`study.toml`: everything that was chosen for a study, resolved and strict. It reads and writes that one file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raysearch import judge
+from raysearch.errors import UserError
+from raysearch.model import Direction
+from raysearch.objective import TRAINER, Objective
+from raysearch.study import Settings
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ObjectiveSection(_Section):
+    """The task: the bundled trainer, or any command that prints `metric: number`."""
+
+    kind: Literal["trainer", "command"] = "trainer"
+    editable: list[str] = Field(default=["train.py"], min_length=1)
+    protected: list[str] = []
+    command: list[str] = []
+    metric: str = "val_bpb"
+    direction: Direction = Direction.MINIMIZE
+    timeout_s: float = Field(default=600.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> ObjectiveSection:
+        if self.kind == "command" and not self.command:
+            raise ValueError('kind = "command" needs `command`, e.g. ["{python}", "score.py", "--seed", "{seed}"]')
+        return self
+
+
+class BudgetSection(_Section):
+    """Overrides the presets' budgets; at most one of the two."""
+
+    seconds: float | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> BudgetSection:
+        if self.seconds is not None and self.tokens is not None:
+            raise ValueError("a budget is in seconds or in tokens, not in both; drop one")
+        return self
+
+
+class SearchSection(_Section):
+    """Who proposes."""
+
+    searcher: str = "optuna"
+    seed: int = 0
+
+
+class JudgeSection(_Section):
+    """When a difference is believed; see `judge.Rules`."""
+
+    baseline_runs: int = Field(default=3, ge=2)
+    screen_probability: float = Field(default=0.8, ge=0.5, lt=1)
+    keep_probability: float = Field(default=0.95, ge=0.5, lt=1)
+    drop_probability: float = Field(default=0.25, ge=0, le=0.5)
+    max_pairs: int = Field(default=1, ge=1)
+
+
+class SlotsSection(_Section):
+    """Where trials run. `auto`: GPUs if there is any in the cluster, else CPU slots of `threads` threads each."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    cpu_slots: int = Field(default=0, ge=0)  # 0: as many as a machine has cores
+    threads: int = Field(default=1, ge=1)
+    niceness: int = Field(default=5, ge=0, le=19)
+
+
+class StudyConfig(_Section):
+    """A study's whole configuration.
+
+    Attributes:
+        preset: `auto`: by the slot's hardware.
+        datasets: The dataset of each preset, written when its data was first prepared.
+        dataset: Named by the user, else empty.
+    """
+
+    name: str
+    preset: str = "auto"
+    dataset: str = ""
+    datasets: dict[str, str] = {}
+    objective: ObjectiveSection = ObjectiveSection()
+    budget: BudgetSection = BudgetSection()
+    search: SearchSection = SearchSection()
+    judge: JudgeSection = JudgeSection()
+    slots: SlotsSection = SlotsSection()
+
+    def settings(self, max_trials: int | None) -> Settings:
+        """What the study's decisions need of this."""
+        return Settings(
+            direction=self.objective.direction,
+            baseline_runs=self.judge.baseline_runs,
+            rules=judge.Rules(
+                screen_probability=self.judge.screen_probability,
+                keep_probability=self.judge.keep_probability,
+                drop_probability=self.judge.drop_probability,
+                max_pairs=self.judge.max_pairs,
+            ),
+            max_trials=max_trials,
+        )
+
+    def to_objective(self) -> Objective:
+        """The objective that the section describes."""
+        section = self.objective
+        if section.kind == "trainer":
+            return TRAINER
+        return Objective(
+            editable=tuple(section.editable),
+            protected=tuple(section.protected),
+            command=tuple(section.command),
+            metric=section.metric,
+            direction=section.direction,
+            has_presets=False,
+            timeout_s=section.timeout_s,
+        )
+
+
+def parse_config(table: dict[str, Any], *, where: str) -> StudyConfig:
+    """Reads a configuration strictly.
+
+    Args:
+        table: As TOML has it.
+        where: For messages.
+
+    Raises:
+        UserError: An unknown key, or a value against its rule: one line with the value, the rule and the remedy.
+    """
+    try:
+        return StudyConfig.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_told(error, table)}") from None
+
+
+def load_config(path: Path) -> StudyConfig:
+    """Reads a `study.toml`.
+
+    Raises:
+        UserError: It is missing, no TOML, or holds something that it may not.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; start the study with `raysearch --study NAME`") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; it must be TOML: mend that line") from None
+    return parse_config(table, where=str(path))
+
+
+def write_config(path: Path, config: StudyConfig) -> None:
+    """Writes a `study.toml` in one piece."""
+    temporary = path.with_suffix(".toml.tmp")
+    temporary.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    temporary.replace(path)
+
+
+def _told(error: ValidationError, table: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        section = StudyConfig if len(place) == 1 else StudyConfig.model_fields[place[0]].annotation
+        known = ", ".join(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else ""
+        return f"key {key!r} is not known; known here: {known}; remove it or mend its spelling"
+    message = first["msg"].removeprefix("Value error, ")
+    value: object = first.get("input")
+    shown = "" if isinstance(value, dict) else f" = {value!r}"
+    return f"{key or 'study.toml'}{shown}: {message[0].lower()}{message[1:]}; change it or leave it out"

@@ -1,0 +1,291 @@
+"""What a study optimises: which files may change, what is run, which number counts, and the presets to start from.
+
+It describes runs and never starts one. The bundled trainer is one objective of many, and known here by its files and
+its command line alone: nothing of it is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from raysearch import knobs
+from raysearch.errors import UserError
+from raysearch.model import Direction
+
+TRAIN_FILE = "train.py"
+SLOWEST_TOKENS_PER_S = 500  # a budget in tokens is not timed, but a trial slower than this is taken for stuck
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Where a class of hardware starts: knob values, data, budget and limits.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        min_vram_gb: The fitting preset with the largest value is taken.
+        dataset: Taken when none is named, and the network is there.
+        vocab_size: Tokens in the vocabulary.
+        row_tokens: Tokens in a packed row, and the context of the evaluation.
+        budget_s: Training seconds of a trial.
+        eval_tokens: Validation tokens that are scored.
+        startup_limit_s: From the start of the process to the end of the first step.
+        evaluation_limit_s: For each split that is evaluated.
+        knobs: Values written into the base program.
+    """
+
+    name: str
+    device: str
+    min_vram_gb: float
+    dataset: str
+    vocab_size: int
+    row_tokens: int
+    budget_s: float
+    eval_tokens: int
+    startup_limit_s: float
+    evaluation_limit_s: float
+    knobs: dict[str, knobs.Value]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a trial may use, one of the two: training seconds, or tokens (deterministic, for CI and debugging)."""
+
+    seconds: float | None = None
+    tokens: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens" if self.tokens is not None else f"{self.seconds:g} s"
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The task of a study.
+
+    Attributes:
+        editable: Paths that a proposal may change.
+        protected: Paths that are there in every trial and that no proposal may change.
+        command: Argument vector with the places {python}, {data}, {out}, {seed}, {budget_s}.
+        metric: Name of the number that counts, as the command prints it (`name: value`, the last one counts).
+        direction: Which way it gets better.
+        has_presets: Whether it is the bundled trainer, with presets by hardware.
+        timeout_s: Of a whole trial, for objectives without presets.
+    """
+
+    editable: tuple[str, ...]
+    protected: tuple[str, ...]
+    command: tuple[str, ...]
+    metric: str
+    direction: Direction
+    has_presets: bool
+    timeout_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How one trial is run on a profile: what the worker needs beside the files.
+
+    Attributes:
+        command: Argument vector with places left for the worker to fill in.
+        startup_limit_s: 0 for none.
+        total_limit_s: From the start of the process to its end.
+    """
+
+    command: tuple[str, ...]
+    startup_limit_s: float
+    total_limit_s: float
+    env: dict[str, str] = field(default_factory=dict[str, str])
+
+
+TRAINER = Objective(
+    editable=(TRAIN_FILE,),
+    protected=(),
+    command=(
+        "{python}",
+        "-P",  # nothing beside the candidate shadows a module of the harness
+        "-m",
+        "trainer.harness",
+        "--train-file",
+        TRAIN_FILE,
+        "--data",
+        "{data}",
+        "--out",
+        "{out}",
+        "--seed",
+        "{seed}",
+    ),
+    metric="val_bpb",
+    direction=Direction.MINIMIZE,
+    has_presets=True,
+)
+
+
+def trainer_folder() -> Path:
+    """The installed trainer's folder, found without importing it.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    spec = find_spec("trainer")
+    folder = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    if folder is None or not (folder / TRAIN_FILE).exists():
+        raise UserError(f"trainer: the package with {TRAIN_FILE} is not installed beside raysearch; `pip install -e .`")
+    return folder
+
+
+def load_presets(folder: Path | None = None) -> dict[str, Preset]:
+    """The presets of the bundled trainer, by name."""
+    folder = folder or trainer_folder() / "presets"
+    return {path.stem: _preset(path) for path in sorted(folder.glob("*.toml"))}
+
+
+def _preset(path: Path) -> Preset:
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text())
+        match, data, run = table["match"], table["data"], table["run"]
+        return Preset(
+            name=path.stem,
+            device=match["device"],
+            min_vram_gb=float(match["min_vram_gb"]),
+            dataset=data["dataset"],
+            vocab_size=data["vocab_size"],
+            row_tokens=data["row_tokens"],
+            budget_s=float(run["budget_s"]),
+            eval_tokens=run["eval_tokens"],
+            startup_limit_s=float(run["startup_limit_s"]),
+            evaluation_limit_s=float(run["evaluation_limit_s"]),
+            knobs=table.get("knobs", {}),
+        )
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error!r} is wrong or missing; compare it with the presets that came along") from None
+
+
+def named_preset(presets: Mapping[str, Preset], name: str) -> Preset:
+    """A preset by its name.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    if name not in presets:
+        raise UserError(
+            f"preset {name!r} is not known; known: {', '.join(presets)}; leave --preset out to have it chosen"
+        )
+    return presets[name]
+
+
+def choose_preset(presets: Mapping[str, Preset], *, device: str, memory_mb: int) -> Preset:
+    """The preset of a slot: of those for its device that its memory admits, the one that asks for the most.
+
+    Raises:
+        UserError: None fits.
+    """
+    # A card sold as 40 GB reports a little less: a tenth is forgiven.
+    fitting = [p for p in presets.values() if p.device == device and memory_mb / 1024 >= 0.9 * p.min_vram_gb]
+    if not fitting:
+        raise UserError(
+            f"no preset fits {device} with {memory_mb} MB; known: {', '.join(presets)}; name one with --preset"
+        )
+    return max(fitting, key=lambda preset: preset.min_vram_gb)
+
+
+def base_program(source: str, preset: Preset) -> str:
+    """The first program of a profile: the base program with the preset's knob values.
+
+    A constant of the preset that the program does not have is left out: a program of the user's own need not know it.
+
+    Raises:
+        UserError: The program does not parse, or the values break one of its rules.
+    """
+    known = knobs.read_knobs(source)
+    values = {name: _as_written(value, known[name]) for name, value in preset.knobs.items() if name in known}
+    rewritten = knobs.rewrite(source, values)
+    after = knobs.read_knobs(rewritten)
+    broken = knobs.broken_rule(knobs.read_rules(rewritten), {name: knob.value for name, knob in after.items()})
+    if broken:
+        raise UserError(
+            f"preset {preset.name!r} breaks the program's rule {broken!r}; change the preset or the program"
+        )
+    return rewritten
+
+
+def _as_written(value: knobs.Value, knob: knobs.Knob) -> knobs.Value:
+    """TOML's 1 for a knob that is a float in the program is 1.0."""
+    return float(value) if isinstance(value, int) and not knob.choices and not knob.is_int else value
+
+
+def check_program(files: Mapping[str, str], objective: Objective) -> None:
+    """Refuses a program that could not run.
+
+    Args:
+        files: Text of the editable files by path.
+        objective: Whose program it is.
+
+    Raises:
+        UserError: A syntax error, a knob outside its range, or (bundled trainer) no `train(run)`.
+    """
+    for path, source in files.items():
+        if not path.endswith(".py"):
+            continue
+        tree = knobs.syntax_tree(source, path=path)
+        knobs.read_knobs(source, path=path)
+        if objective.has_presets and path == TRAIN_FILE and not _defines_train(tree):
+            raise UserError(
+                f"{path}: it has no `train(run)`; define it at module level: it trains and returns the model"
+            )
+
+
+def _defines_train(tree: ast.Module) -> bool:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "train":
+            return bool(node.args.args or node.args.posonlyargs or node.args.vararg)
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "train" for t in node.targets):
+            return True
+    return False
+
+
+def plan_trial(
+    objective: Objective, preset: Preset | None, budget: Budget, *, device: str, threads: int, holdout: bool
+) -> RunPlan:
+    """How to run one trial of the objective.
+
+    Args:
+        objective: The study's.
+        preset: Of the profile; None for objectives without presets.
+        budget: Of the profile.
+        device: `cuda` or `cpu`.
+        threads: CPU threads of the trial, 0 to leave them alone.
+        holdout: Whether the second held-out split is measured as well.
+    """
+    if preset is None:
+        return RunPlan(objective.command, 0.0, objective.timeout_s)
+    if budget.tokens is None:
+        budget_arguments = ("--budget-s", f"{budget.seconds:g}")
+        training_limit_s = 1.5 * (budget.seconds or 0.0) + 30  # the last step may be long
+    else:
+        budget_arguments = ("--budget-tokens", str(budget.tokens))
+        training_limit_s = budget.tokens / SLOWEST_TOKENS_PER_S + 60
+    command = (
+        *objective.command,
+        *budget_arguments,
+        "--eval-tokens",
+        str(preset.eval_tokens),
+        "--device",
+        device,
+        *(("--threads", str(threads)) if threads else ()),
+        *(("--holdout",) if holdout else ()),
+    )
+    evaluations = 2 if holdout else 1
+    total_s = preset.startup_limit_s + training_limit_s + evaluations * preset.evaluation_limit_s
+    return RunPlan(command, preset.startup_limit_s, total_s)
+
+
+def prepare_command(preset: Preset, dataset: str | None) -> tuple[str, ...]:
+    """The command that makes the data of a preset, or finds it made. Its last line on stdout is a JSON object."""
+    command = (sys.executable, "-m", "trainer.prepare", "--preset", preset.name)
+    return (*command, "--dataset", dataset) if dataset else command
