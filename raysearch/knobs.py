@@ -13,11 +13,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import json
 import math
+import operator
 import re
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from raysearch.errors import UserError
 
@@ -27,9 +32,37 @@ Values = dict[str, Value]
 _RANGE = re.compile(
     r"#\s*in\s+(?:\[\s*(?P<low>[^,\]]+),\s*(?P<high>[^\]]+)\](?P<log>\s+log)?|\{(?P<choices>[^}]*)\})\s*(?::\s*(?P<help>.*))?$"
 )
-_RULE = re.compile(r"^\s*#\s*rule:\s*(?P<rule>.+?)\s*$", re.MULTILINE)
-_ARITHMETIC = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)
-_LOGIC = (*_ARITHMETIC, ast.BoolOp, ast.boolop, ast.Compare, ast.cmpop, ast.Name, ast.expr_context)
+_RULE = re.compile(r"#\s*rule:\s*(?P<rule>.+?)\s*$")
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # as Python counts lines: str.splitlines knows more line ends
+_UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse makes of a hostile program
+_MAX_BITS = 4096  # of a number: a program must not keep its reader busy with 9**9**9**9
+_LOGIC = (
+    *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop),
+    *(ast.BoolOp, ast.boolop, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE),
+    *(ast.Name, ast.expr_context),
+)
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.Div: lambda a, b: a / b,
+    ast.FloorDiv: lambda a, b: a // b,
+    ast.Mod: lambda a, b: a % b,
+    ast.Pow: lambda a, b: a**b,
+    ast.LShift: lambda a, b: a << b,
+    ast.RShift: lambda a, b: a >> b,
+    ast.BitAnd: lambda a, b: a & b,
+    ast.BitOr: lambda a, b: a | b,
+    ast.BitXor: lambda a, b: a ^ b,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +124,11 @@ def syntax_tree(source: str, *, path: str = "train.py") -> ast.Module:
     """
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else path
-        message = getattr(error, "msg", None) or str(error)
+        nested = isinstance(error, RecursionError | MemoryError)
+        message = "nested too deeply" if nested else getattr(error, "msg", None) or str(error)
         raise UserError(f"{place}: {message}; the program must be valid Python: mend that line") from None
 
 
@@ -115,6 +149,7 @@ def read_knobs(source: str, *, path: str = "train.py") -> dict[str, Knob]:
         if found is None:
             continue
         name, value_node = found
+        knobs.pop(name, None)  # the last assignment is the one that counts, and the one that `rewrite` changes
         match = _RANGE.search(comments.get(value_node.end_lineno or value_node.lineno, ""))
         if match is None:
             continue
@@ -124,7 +159,9 @@ def read_knobs(source: str, *, path: str = "train.py") -> dict[str, Knob]:
 
 def read_rules(source: str) -> tuple[str, ...]:
     """The constraints between knobs that the program states, as expressions."""
-    return tuple(match["rule"] for match in _RULE.finditer(source))
+    lines = source_lines(source)
+    alone = (text for line, text in _comments(source).items() if lines[line - 1].lstrip().startswith("#"))
+    return tuple(match["rule"] for text in alone if (match := _RULE.match(text)) is not None)
 
 
 def broken_rule(rules: Iterable[str], values: Mapping[str, Value]) -> str | None:
@@ -133,12 +170,12 @@ def broken_rule(rules: Iterable[str], values: Mapping[str, Value]) -> str | None
     A rule that names something else than the given values says nothing about them and holds.
 
     Raises:
-        UserError: A rule is not an expression of arithmetic, comparisons and logic.
+        UserError: A rule is not an expression of arithmetic, comparisons and logic, or mixes text and numbers.
     """
     for rule in rules:
         try:
             tree = ast.parse(rule, mode="eval")
-        except SyntaxError:
+        except _UNREADABLE:
             tree = None
         if tree is None or not all(isinstance(node, _LOGIC) for node in ast.walk(tree)):
             raise UserError(f"rule {rule!r}: only arithmetic, comparisons, and/or/not on knobs are allowed; rewrite it")
@@ -146,9 +183,11 @@ def broken_rule(rules: Iterable[str], values: Mapping[str, Value]) -> str | None
         if not names <= set(values):
             continue
         try:
-            holds = bool(eval(compile(tree, "<rule>", "eval"), {"__builtins__": {}}, dict(values)))
-        except ZeroDivisionError:
+            holds = bool(_evaluate(tree.body, values))
+        except ArithmeticError:  # nothing divides by zero in a valid program
             holds = False
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"rule {rule!r} cannot be computed: {error}; rewrite it") from None
         if not holds:
             return rule
     return None
@@ -171,29 +210,99 @@ def rewrite(source: str, values: Mapping[str, Value]) -> str:
     unknown = [name for name in values if name not in nodes]
     if unknown:
         raise UserError(f"{unknown[0]} is no UPPERCASE constant of the program; it has {', '.join(nodes) or 'none'}")
-    lines = [line.encode() for line in source.splitlines(keepends=True)]  # ast counts columns in UTF-8 bytes
+    lines = [line.encode() for line in source_lines(source)]  # ast counts columns in UTF-8 bytes
     for name, value in values.items():
         node = nodes[name]
-        if _literal(node) == value and type(_literal(node)) is type(value):
+        if same_value(_literal(node), value):
             continue
-        line = lines[node.lineno - 1]
-        end_column = node.end_col_offset if node.end_lineno == node.lineno else len(line.rstrip(b"\n"))
-        before, after = line[: node.col_offset], line[end_column or len(line) :]
-        text = format_value(value).encode()
-        spare = (end_column or 0) - node.col_offset - len(text)
-        if spare and re.match(rb" {2,}#", after):  # keep the comments aligned while there is room
-            after = b" " * max(2, len(after) - len(after.lstrip(b" ")) + spare) + after.lstrip(b" ")
-        lines[node.lineno - 1] = before + text + after
+        first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
+        before, after = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+        text = format_value(value).encode("utf-8", "backslashreplace")
+        if first == last:
+            after = _aligned(after, spare=len(lines[first]) - len(before) - len(after) - len(text))
+        lines[first : last + 1] = [before + text + after, *[b""] * (last - first)]  # keep the other lines' numbers
     return b"".join(lines).decode()
 
 
+@dataclass(frozen=True)
+class ConstantLine:
+    """A constant that has a physical line to itself, which is `head + text + tail`.
+
+    Attributes:
+        index: Of the line in `source_lines`, from 0.
+        text: The value as it is written.
+        tail: What follows the value, without the line's end.
+    """
+
+    index: int
+    value: Value
+    head: str
+    text: str
+    tail: str
+
+    def with_text(self, text: str) -> str:
+        """The line with another value written in it, its comment where it was while there is room."""
+        spare = len(self.text.encode()) - len(text.encode())
+        return self.head + text + _aligned(self.tail.encode(), spare=spare).decode()
+
+
+def constant_lines(source: str) -> dict[str, ConstantLine]:
+    """The UPPERCASE constants (knobs or not) that are assigned once, each alone on one line.
+
+    Raises:
+        UserError: The program does not parse.
+    """
+    lines = source_lines(source)
+    body = syntax_tree(source).body
+    used = Counter(line for node in body for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    names = Counter(found[0] for node in body if (found := _constant(node)) is not None)
+    constants: dict[str, ConstantLine] = {}
+    for node in body:
+        found = _constant(node)
+        alone = node.lineno == node.end_lineno and used[node.lineno] == 1
+        if found is None or not alone or names[found[0]] > 1:
+            continue
+        name, value_node = found
+        line = lines[node.lineno - 1].rstrip("\r\n").encode()
+        value = _literal(value_node)
+        assert value is not None
+        start, end = value_node.col_offset, value_node.end_col_offset
+        head, text, tail = (part.decode() for part in (line[:start], line[start:end], line[end:]))
+        constants[name] = ConstantLine(node.lineno - 1, value, head, text, tail)
+    return constants
+
+
+def _aligned(after: bytes, *, spare: int) -> bytes:
+    """What follows a value, its comment kept in its column while there is room (`spare`: bytes that got free)."""
+    if not spare or not re.match(rb" {2,}#", after):
+        return after
+    comment = after.lstrip(b" ")
+    return b" " * max(2, len(after) - len(comment) + spare) + comment
+
+
+def source_lines(source: str) -> list[str]:
+    """The lines of a program with their ends, split where Python's parser counts a line."""
+    return _LINE.findall(source)
+
+
+def same_value(one: Value | None, other: Value | None) -> bool:
+    """Whether two constants are equal and of one type: 1, 1.0 and True are three values."""
+    return type(one) is type(other) and one == other
+
+
 def format_value(value: Value) -> str:
-    """A value as Python source, floats to 4 significant digits."""
+    """A value as Python source, floats to 4 significant digits.
+
+    Raises:
+        UserError: An infinity or no number at all, which has no literal.
+    """
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise UserError(f"{value} cannot be written as a constant; a knob's value must be finite")
         text = f"{value:.4g}"
-        return text if any(mark in text for mark in ".en") else f"{text}.0"
+        return text if any(mark in text for mark in ".e") else f"{text}.0"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)  # every escape that JSON has means the same in Python
     return repr(value)
 
 
@@ -210,9 +319,10 @@ def fingerprint(sources: Mapping[str, str]) -> str:
     for path, source in sorted(sources.items()):
         try:
             tree = ast.parse(source) if path.endswith(".py") else None
-        except (SyntaxError, ValueError):
-            tree = None
-        digest.update(f"{path}\0{source if tree is None else _normalised(tree)}\0".encode())
+            text = source if tree is None else _normalised(tree)
+        except _UNREADABLE:
+            text = source
+        digest.update(f"{path}\0{text}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
 
 
@@ -222,7 +332,7 @@ def _normalised(tree: ast.Module) -> str:
             node, clean=False
         ):
             node.body = node.body[1:] or [ast.Pass()]
-        elif isinstance(node, ast.Assign):
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             value = _literal(node.value)
             if value is not None:  # 2**16 and 65536 are one program
                 node.value = ast.Constant(value)
@@ -233,7 +343,8 @@ def _comments(source: str) -> dict[int, str]:
     """The comment on each line."""
     comments: dict[int, str] = {}
     try:
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        # newline=None: a lone carriage return ends a line here too, as it does for the parser
+        for token in tokenize.generate_tokens(io.StringIO(source, newline=None).readline):
             if token.type == tokenize.COMMENT:
                 comments[token.start[0]] = token.string
     except (tokenize.TokenError, SyntaxError):
@@ -255,22 +366,72 @@ def _constant(node: ast.stmt) -> tuple[str, ast.expr] | None:
 
 def _literal(node: ast.expr) -> Value | None:
     """The value of a literal or of arithmetic on literals (`2**16`), else None."""
-    if not all(isinstance(part, _ARITHMETIC) for part in ast.walk(ast.Expression(node))):
+    if not isinstance(node, ast.Constant | ast.UnaryOp | ast.BinOp):
         return None
-    powers = [
-        part for part in ast.walk(node) if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow | ast.LShift)
-    ]
-    if any(not isinstance(part.right, ast.Constant) or not _small(part.right.value) for part in powers):
-        return None  # a power that takes minutes or gigabytes is nobody's constant
     try:
-        value = eval(compile(ast.Expression(node), "<constant>", "eval"), {"__builtins__": {}})
-    except (ArithmeticError, TypeError, ValueError):
+        return _evaluate(node, {})
+    except (ArithmeticError, TypeError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, int | float | str | bool) else None
 
 
-def _small(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) <= 64
+def _evaluate(node: ast.expr, names: Mapping[str, Value]) -> Value:
+    """Computes arithmetic, comparisons and logic; raises what Python raises, and ValueError for anything else."""
+    match node:
+        case ast.Constant(value=int() | float() | str() as value):
+            return value
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.BoolOp() | ast.Compare():
+            return _logic(node, names)
+        case ast.UnaryOp(op=op, operand=operand):
+            return _unary(op, _evaluate(operand, names))
+        case ast.BinOp(left=left, op=op, right=right):
+            return _compute(op, _number(_evaluate(left, names)), _number(_evaluate(right, names)))
+        case _:
+            raise ValueError(f"{type(node).__name__} is neither arithmetic nor logic")
+
+
+def _logic(node: ast.BoolOp | ast.Compare, names: Mapping[str, Value]) -> Value:
+    if isinstance(node, ast.Compare):
+        terms = [_evaluate(term, names) for term in (node.left, *node.comparators)]
+        return all(_COMPARE[type(op)](*pair) for op, pair in zip(node.ops, pairwise(terms), strict=True))
+    value: Value = True
+    for part in node.values:
+        value = _evaluate(part, names)
+        if bool(value) is isinstance(node.op, ast.Or):  # decided: `N == 0 or M % N == 0` must not divide by 0
+            break
+    return value
+
+
+def _unary(op: ast.unaryop, value: Value) -> Value:
+    match op:
+        case ast.Not():
+            return not value
+        case ast.USub():
+            return -_number(value)
+        case ast.Invert():
+            return _compute(ast.BitXor(), _number(value), -1)
+        case _:
+            return +_number(value)
+
+
+def _compute(op: ast.operator, left: int | float, right: int | float) -> int | float:
+    if isinstance(left, int) and isinstance(right, int) and isinstance(op, ast.Pow | ast.LShift):
+        bits = left.bit_length() * right if isinstance(op, ast.Pow) else left.bit_length() + right
+        if bits > _MAX_BITS:  # before it is computed: that may take minutes or gigabytes
+            raise OverflowError("the number is too large")
+    if type(op) not in _BINARY:
+        raise ValueError(f"{type(op).__name__} is not for numbers")
+    result = _BINARY[type(op)](left, right)
+    if isinstance(result, int) and result.bit_length() > _MAX_BITS:
+        raise OverflowError("the number is too large")
+    return _number(result)
+
+
+def _number(value: object) -> int | float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a real number")
+    return value
 
 
 def _knob(name: str, node: ast.expr, match: re.Match[str], *, where: str) -> Knob:
