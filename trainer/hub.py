@@ -145,7 +145,7 @@ class Hub:
                     need_bytes = (total_bytes - file.have_bytes) * min(file.outstanding, self._workers)
                     require_space(file.path.parent, need_bytes, "the download")
                 with file.part.open("ab") as part:
-                    for chunk in response.iter_raw(1 << 18):
+                    for chunk in response.iter_raw():
                         part.write(chunk)
                         if stop.is_set():
                             return

@@ -70,41 +70,33 @@ def pack(lengths: Iterable[int], *, capacity: int, window_pieces: int = WINDOW_P
     plan = array("i")
     piles = _Piles(room)
     documents = iter(enumerate(lengths))
-    row = _refill(piles, documents, plan, 0, room=room, window_pieces=window_pieces)
-    while piles.count:
-        row_starts_at = len(plan)
-        position = 0
-        while position < capacity and piles.count:
-            space = room - position  # beside the BOS; 0 when nothing but a BOS fits, which then ends the row
-            length, doc, offset = piles.take(space)
-            placed = min(length, space)
-            plan.extend((row, position, position + 1 + placed, doc, offset))
-            if placed < length:
-                piles.add(length - placed, doc, offset + placed, first=True)
-            position += 1 + placed
-        if position < capacity:
-            del plan[row_starts_at:]
+    row, position, row_begins_at = 0, 0, 0
+    while True:
+        if piles.count < window_pieces:
+            _refill(piles, documents, room=room, window_pieces=window_pieces)
+        if not piles.count:
             break
-        row = _refill(piles, documents, plan, row + 1, room=room, window_pieces=window_pieces)
+        space = room - position  # beside the BOS; 0 when nothing but a BOS fits, which then ends the row
+        length, doc, offset = piles.take(space)
+        placed = min(length, space)
+        plan.extend((row, position, position + 1 + placed, doc, offset))
+        if placed < length:
+            piles.add(length - placed, doc, offset + placed, first=True)
+        position += 1 + placed
+        if position == capacity:
+            row, position, row_begins_at = row + 1, 0, len(plan)
+    del plan[row_begins_at:]
     return np.frombuffer(plan, dtype=np.int32).reshape(-1, 5).copy() if plan else np.zeros((0, 5), np.int32)
 
 
-def _refill(
-    piles: _Piles, documents: Iterator[tuple[int, int]], plan: array, row: int, *, room: int, window_pieces: int
-) -> int:
-    """Takes documents in until the window is full; whole rows of a long one are placed. Returns the next row."""
+def _refill(piles: _Piles, documents: Iterator[tuple[int, int]], *, room: int, window_pieces: int) -> None:
+    """Takes documents in until the window is full; one that is longer than a row comes in pieces."""
     while piles.count < window_pieces:
         doc, length = next(documents, (-1, 0))
         if doc < 0:
-            break
-        offset = 0
-        while length - offset >= room:
-            plan.extend((row, 0, room + 1, doc, offset))
-            row += 1
-            offset += room
-        if offset < length:
-            piles.add(length - offset, doc, offset)
-    return row
+            return
+        for offset in range(0, length, room):
+            piles.add(min(room, length - offset), doc, offset)
 
 
 def shuffle_rows(plan: np.ndarray, *, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ The formats, and why they are as they are: docs/adr/0003-data-formats.md.
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import sys
 import time
 import tomllib
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -194,8 +196,10 @@ def _tokenise(corpus: Corpus, tokenizer: Tokenizer, building: Path) -> dict[str,
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(tokens[split].path.open("wb")) for split in SPLITS}
         pool = stack.enter_context(ThreadPoolExecutor(threads))
-        for batch in _batches(corpus.documents()):
-            for split, ids, text_bytes in pool.map(encode, batch):
+        waiting: deque[Iterator[tuple[str, np.ndarray, int]]] = deque()
+        for batch in itertools.chain(_batches(corpus.documents()), [[]]):
+            waiting.append(pool.map(encode, batch))  # the next batch is read while the threads work on this one
+            for split, ids, text_bytes in waiting.popleft() if len(waiting) > 1 else ():
                 files[split].write(ids.tobytes())
                 tokens[split].lengths.append(len(ids))
                 done_bytes += text_bytes
@@ -281,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 with one line on stderr."""
     place: object = "the arguments"
     try:
-        args = _parse(argv)
+        args = parse(argv)
         request = resolve(args)
         place = request.directory
         manifest = _run(request, force=args.force, only_verify=args.verify, shards_named=args.shards is not None)
@@ -291,6 +295,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         say(
             f"error: {error.filename or place}: {reason(error)}; correct that, or choose another folder with --data DIR"
+        )
+        return 2
+    except ModuleNotFoundError as error:
+        say(
+            f"error: {error.name} is not installed; pip install {error.name}, or copy a folder that is prepared elsewhere"
         )
         return 2
     except KeyboardInterrupt:
@@ -344,7 +353,8 @@ class _Parser(argparse.ArgumentParser):
         raise DataError(f"{message}; see python -m trainer.prepare --help")
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line; raises DataError where argparse would print a usage and exit."""
     parser = _Parser(prog="python -m trainer.prepare", description="Prepares the data that the trainer reads, once.")
     parser.add_argument("--preset", help=f"take what is not named from a preset: {', '.join(preset_names())}")
     parser.add_argument("--dataset", help=f"{', '.join(datasets.DATASETS)} (default: the preset's, if it can be had)")

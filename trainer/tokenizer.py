@@ -27,7 +27,7 @@ PATTERN = (
     r"\s*[\r\n]|\s+(?!\S)|\s"
 )
 TRAIN_CHARS = 200_000_000
-PIECE_CHARS = 10_000  # rustbpe's regex engine overflows its stack on millions of blanks in a row
+PIECE_CHARS = 10_000  # the regex engines of rustbpe and tiktoken fail on millions of blanks in a row
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of a text: uint32 (n,). No BOS is put in front, and what looks like one in the text is text."""
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # The regex engine gives up on a run of some hundred thousand blanks. In pieces a few words are cut in two.
+            pieces = [text[start : start + PIECE_CHARS] for start in range(0, len(text), PIECE_CHARS)]
+            return np.concatenate([self.encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of tokens; single ones may be no text, as a character may begin in one and end in the next."""
