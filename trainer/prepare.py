@@ -299,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         say(
-            f"error: {error.name} is not installed; pip install {error.name}, or copy a folder that is prepared elsewhere"
+            f"error: {error.name} is not installed; pip install {error.name}, "
+            "or copy a folder that is prepared elsewhere"
         )
         return 2
     except KeyboardInterrupt:
