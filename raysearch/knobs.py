@@ -21,6 +21,7 @@ import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -339,7 +340,8 @@ def _normalised(tree: ast.Module) -> str:
     return ast.dump(tree)
 
 
-def _comments(source: str) -> dict[int, str]:
+@lru_cache(maxsize=16)  # tokenizing is what takes the time, and knobs and rules are both read from it
+def _comments(source: str) -> Mapping[int, str]:
     """The comment on each line."""
     comments: dict[int, str] = {}
     try:
