@@ -1,0 +1,325 @@
+"""What people ask of a study, counted: pure, for console, report and pages. It writes nothing and decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from statistics import fmean
+
+from raysearch.judge import Noise
+from raysearch.model import Outcome, Profile, Purpose, SessionStarted, Verdict
+from raysearch.study import CandidateState, Study, TrialState
+
+START_PARTS = ("start", "import", "data", "build", "first_step")
+EVALUATION_PARTS = ("eval", "holdout")
+
+
+class Fate(Enum):
+    """Where a candidate stands, in one word."""
+
+    BASELINE = "baseline"  # the profile's first program
+    KEEP = "keep"  # on the ratchet
+    DISCARD = "discard"
+    FAILED = "failed"  # discarded because a run of it gave no number
+    CARRIED = "carried"  # replaced by its change on a newer champion
+    RETEST = "retest"  # promising, its pairs are to come
+    OPEN = "open"  # not judged yet
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more is going to happen to the candidate itself."""
+        return self not in (Fate.RETEST, Fate.OPEN)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A candidate with its own finished runs, oldest first (runs of it as another's reference are not among them).
+
+    Attributes:
+        value: Mean of its fresh runs, else its screening run, else None.
+        active_at: When it was last heard of, as Unix time.
+    """
+
+    state: CandidateState
+    fate: Fate
+    runs: list[TrialState]
+    value: float | None
+    active_at: float
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Of the last run that failed, else of the last run; None before any has finished."""
+        failed = [run.outcome for run in self.runs if run.measurement is None]
+        return failed[-1] if failed else self.runs[-1].outcome if self.runs else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A profile's noise, baseline and champion.
+
+    Attributes:
+        runs: Fresh runs behind the champion's value; `baseline_runs` likewise.
+        value_se: Standard error of the champion's value.
+        delta: Champion minus baseline; None while the baseline is the champion, or unmeasured.
+        holdout: Mean of the champion on the second held-out split, where it was measured.
+        steps: The ratchet's wins, oldest first.
+    """
+
+    profile: Profile
+    noise: Noise | None
+    baseline: float | None
+    baseline_runs: int
+    baseline_holdout: float | None
+    champion: CandidateState
+    commit: str
+    value: float | None
+    value_se: float | None
+    runs: int
+    delta: float | None
+    delta_se: float | None
+    holdout: float | None
+    steps: list[CandidateState]
+    blocked: str
+
+
+@dataclass
+class TimeUse:
+    """Where the time of a profile's slots went, in seconds.
+
+    Attributes:
+        other_s: In measured trials, but in none of the parts: process end, gaps between parts.
+        failed_s: In trials that gave no number.
+        running_s: In trials in flight.
+        idle_s: On no trial, or in attempts that the infrastructure lost.
+        active_s: The profile's time, whatever the number of slots.
+        gaps_s: From the end of a trial to the start of the next on the same slot, within a session.
+    """
+
+    training_s: float = 0.0
+    evaluation_s: float = 0.0
+    start_s: float = 0.0
+    other_s: float = 0.0
+    failed_s: float = 0.0
+    running_s: float = 0.0
+    idle_s: float = 0.0
+    active_s: float = 0.0
+    slots: int = 0
+    finished: int = 0
+    gaps_s: list[float] = field(default_factory=list[float])
+
+    @property
+    def slot_s(self) -> float:
+        """All of the slots' time."""
+        return sum((self.training_s, self.evaluation_s, self.start_s, self.other_s, self.failed_s)) + (
+            self.running_s + self.idle_s
+        )
+
+    @property
+    def trials_per_hour(self) -> float | None:
+        """Finished trials per hour of the profile, on all its slots together; None before there is any time."""
+        return 3600 * self.finished / self.active_s if self.active_s > 0 else None
+
+
+@dataclass
+class ProposerTally:
+    """What came of a proposer's ideas; a change carried onto a newer champion is still the same idea."""
+
+    proposer: str
+    proposals: int = 0
+    refused: int = 0
+    screened: int = 0  # first runs that were promising
+    confirmed: int = 0  # on the ratchet
+
+
+def finished(study: Study) -> list[TrialState]:
+    """Trials that have an outcome, in the order in which they ended."""
+    done = [run for run in study.trials.values() if run.outcome is not None]
+    return sorted(done, key=lambda run: run.finished_at or 0.0)
+
+
+def lines(study: Study, done: Iterable[TrialState] | None = None) -> list[Line]:
+    """Every candidate, the one that was heard of last at the end.
+
+    Args:
+        study: What is told of.
+        done: `finished(study)`, if it is at hand.
+    """
+    runs: dict[str, list[TrialState]] = {}
+    heard: dict[str, float] = {}
+    for run in finished(study) if done is None else done:
+        trial = run.trial
+        about = trial.rival or trial.candidate
+        heard[about] = run.finished_at or 0.0
+        if trial.purpose is not Purpose.REFERENCE:
+            runs.setdefault(trial.candidate, []).append(run)
+    bases = {lane.base for lane in study.lanes.values()}
+    found: list[Line] = []
+    for name, state in study.candidates.items():
+        own = runs.get(name, [])
+        fate = Fate.BASELINE if name in bases else _fate(state, own)
+        found.append(Line(state, fate, own, study.value(name), heard.get(name, state.created_at)))
+    return sorted(found, key=lambda line: line.active_at)
+
+
+def _fate(state: CandidateState, own: list[TrialState]) -> Fate:
+    if state.ratchet_commit is not None:
+        return Fate.KEEP
+    if state.carried_by is not None:
+        return Fate.CARRIED
+    if any(run.measurement is None for run in own):
+        return Fate.FAILED
+    if state.verdict is Verdict.DISCARD:
+        return Fate.DISCARD
+    return Fate.RETEST if state.verdict is Verdict.RETEST else Fate.OPEN
+
+
+def standing(study: Study, slug: str) -> Standing:
+    """A profile's noise, baseline and champion as they are now."""
+    lane = study.lane(slug)
+    noise = lane.noise()
+    baseline, value = study.value(lane.base), study.value(lane.champion)
+    baseline_runs, runs = len(lane.fresh.get(lane.base, [])), len(lane.fresh.get(lane.champion, []))
+    delta = delta_se = None
+    if lane.champion != lane.base and baseline is not None and value is not None:
+        delta = value - baseline
+        if noise is not None and runs and baseline_runs:
+            delta_se = noise.sigma * math.sqrt(1 / runs + 1 / baseline_runs)
+    holdouts: dict[str, list[float]] = {lane.base: [], lane.champion: []}
+    for run in study.trials.values():
+        trial, measured = run.trial, run.measurement
+        if trial.candidate in holdouts and measured is not None and measured.holdout is not None:
+            holdouts[trial.candidate].append(measured.holdout)
+    return Standing(
+        profile=lane.profile,
+        noise=noise,
+        baseline=baseline,
+        baseline_runs=baseline_runs,
+        baseline_holdout=fmean(holdouts[lane.base]) if holdouts[lane.base] else None,
+        champion=study.candidate(lane.champion),
+        commit=lane.champion_commit,
+        value=value,
+        value_se=noise.sigma / math.sqrt(runs) if noise is not None and runs else None,
+        runs=runs,
+        delta=delta,
+        delta_se=delta_se,
+        holdout=fmean(holdouts[lane.champion]) if holdouts[lane.champion] else None,
+        steps=[study.candidate(win.candidate) for win in lane.wins],
+        blocked=lane.blocked,
+    )
+
+
+def sessions(study: Study) -> list[tuple[float, float]]:
+    """Start and end of each session in Unix time; one that was killed ends with the last that is known of it."""
+    starts = [(place, r.at) for place, r in enumerate(study.sessions) if isinstance(r.event, SessionStarted)]
+    spans: list[tuple[float, float]] = []
+    for place, start in starts:
+        following = study.sessions[place + 1] if place + 1 < len(study.sessions) else None
+        if following is None:
+            end = study.last_at
+        elif isinstance(following.event, SessionStarted):
+            times = [t for run in study.trials.values() for t in (run.started_at, run.finished_at) if t is not None]
+            end = max((t for t in times if start <= t < following.at), default=start)
+        else:
+            end = following.at
+        spans.append((start, end))
+    return spans
+
+
+def time_use(study: Study, slug: str) -> TimeUse:
+    """Adds up where the time of a profile's slots went; a slot counts from its first trial in a session on."""
+    use = TimeUse()
+    by_slot: dict[str, list[TrialState]] = {}
+    for run in sorted(study.trials.values(), key=lambda run: run.started_at):
+        if run.trial.profile == slug:
+            by_slot.setdefault(run.slot, []).append(run)
+    use.slots = len(by_slot)
+    use.finished = sum(run.outcome is not None for runs in by_slot.values() for run in runs)
+    for start, end in sessions(study):
+        first_start = end
+        for runs in by_slot.values():
+            here = [run for run in runs if start <= run.started_at <= end]
+            if here:
+                _add_slot(use, here, end)
+                first_start = min(first_start, here[0].started_at)
+        use.active_s += end - first_start
+    return use
+
+
+def _add_slot(use: TimeUse, runs: list[TrialState], end: float) -> None:
+    """Adds one slot's trials of one session, which are in order of their start."""
+    busy_s = 0.0
+    previous_end: float | None = None
+    for run in runs:
+        if previous_end is not None:
+            use.gaps_s.append(max(0.0, run.started_at - previous_end))
+        previous_end = run.finished_at
+        if run.running:
+            use.running_s += end - run.started_at
+            busy_s += end - run.started_at
+        elif run.finished_at is not None and run.outcome is not None:
+            seconds = run.finished_at - run.started_at
+            busy_s += seconds
+            _add_trial(use, run, seconds)
+    use.idle_s += max(0.0, end - runs[0].started_at - busy_s)
+
+
+def _add_trial(use: TimeUse, run: TrialState, seconds: float) -> None:
+    measured = run.measurement
+    if measured is None:
+        use.failed_s += seconds
+        return
+    evaluation_s = sum(measured.parts_s.get(part, 0.0) for part in EVALUATION_PARTS)
+    start_s = sum(measured.parts_s.get(part, 0.0) for part in START_PARTS)
+    use.training_s += measured.training_s
+    use.evaluation_s += evaluation_s
+    use.start_s += start_s
+    use.other_s += max(0.0, seconds - measured.training_s - evaluation_s - start_s)
+
+
+def refusals(study: Study) -> list[tuple[str, int]]:
+    """Reasons for which proposals were refused, the most frequent first."""
+    return Counter(reason for _, reason in study.refused).most_common()
+
+
+def proposers(study: Study) -> list[ProposerTally]:
+    """What came of each proposer's ideas, the busiest first."""
+    bases = {lane.base for lane in study.lanes.values()}
+    tallies: dict[str, ProposerTally] = {}
+    raced = {run.trial.candidate for run in study.trials.values() if run.trial.purpose is Purpose.RACE}
+    for proposal in study.waiting.values():
+        if proposal.carries is None:
+            tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer)).proposals += 1
+    for proposal, _ in study.refused:
+        if proposal.carries is None:
+            tally = tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer))
+            tally.proposals += 1
+            tally.refused += 1
+    for name, state in study.candidates.items():
+        proposal = state.candidate.proposal
+        if name in bases or proposal.carries is not None:
+            continue
+        tally = tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer))
+        tally.proposals += 1
+        tally.screened += any(_promising(one, raced) for one in _chain(study, state))
+        tally.confirmed += any(one.ratchet_commit is not None for one in _chain(study, state))
+    return sorted(tallies.values(), key=lambda tally: (-tally.proposals, tally.proposer))
+
+
+def _chain(study: Study, state: CandidateState) -> Iterator[CandidateState]:
+    """A candidate, the one that carries its change onto a newer champion, the one that carries that, and so on."""
+    yield state
+    while (follower := study.candidates.get(state.carried_by or "")) is not None:
+        state = follower
+        yield state
+
+
+def _promising(state: CandidateState, raced: set[str]) -> bool:
+    return state.verdict in (Verdict.KEEP, Verdict.RETEST) or state.candidate.id in raced
+
+
+def tried(study: Study) -> int:
+    """Candidates whose first run has ended, which is what a limit on trials counts."""
+    return sum(run.trial.purpose is Purpose.SCREEN and run.outcome is not None for run in study.trials.values())
