@@ -212,10 +212,15 @@ class Ratchet:
             if base is not None:
                 self._git.must("read-tree", base, env=index)
             for path, sha in self._store(files).items():
-                if "\0" in path:
+                entry = f"100644 {sha}\t{path}\0".encode("utf-8", "replace")
+                if entry.count(b"\0") > 1:
                     raise UserError(f"{path!r} is no path of a file; take the NUL out")
-                entries.append(f"100644 {sha}\t{path}\0".encode())
-            self._git.must("update-index", "--add", "-z", "--index-info", stdin=b"".join(entries), env=index)
+                entries.append(entry)
+            _, _, ignored = self._git.run(
+                *("update-index", "--add", "-z", "--index-info"), stdin=b"".join(entries), env=index, check=True
+            )
+            if ignored:  # a path such as ../x, which git leaves out and calls it a success
+                raise UserError(f"{_first_line(ignored)}: it is no path inside a repository; name it from its root")
             return self._git.must("write-tree", env=index).strip()
 
     def _store(self, files: Mapping[str, str]) -> dict[str, str]:
@@ -380,6 +385,10 @@ class Ratchet:
             *("diff-tree", "-r", "-z", "--name-only", "--no-renames"), self._full(a), self._full(b), "--"
         )
         return [path for path in out.split("\0") if path]
+
+    def parents(self, commit: str) -> list[str]:
+        """The parents of a commit, the first one first."""
+        return self._git.must("rev-list", "--parents", "-n", "1", self._full(commit)).split()[1:]
 
     def resolve(self, rev: str) -> str:
         """The full sha of what a person calls a commit: a candidate's id, a branch, a short sha.
