@@ -35,6 +35,7 @@ from raysearch.wording import (
 RESULTS = "results.tsv"
 SUMMARY = "report.md"
 PROGRESS = "progress.png"
+WRITTEN = (RESULTS, SUMMARY, PROGRESS)
 SHOWN_FAILURES = 10
 SHOWN_REFUSALS = 10
 SHOWN_VERDICTS = 8
@@ -52,7 +53,7 @@ def write_all(study: Study, folder: Path, *, name: str, metric: str) -> list[Pat
     write_results(study, folder / RESULTS, metric=metric)
     write_summary(study, folder / SUMMARY, name=name, metric=metric)
     write_progress(study, folder / PROGRESS, metric=metric)
-    return [folder / RESULTS, folder / SUMMARY, folder / PROGRESS]
+    return [folder / written for written in WRITTEN]
 
 
 # ---- results.tsv ----

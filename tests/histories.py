@@ -183,7 +183,9 @@ def commit_of(name: str) -> str:
 class Simulation:
     """A coordinator on a virtual clock: performs what the study asks for, with numbers drawn around the truth."""
 
-    def __init__(self, history: History, ideas: Mapping[str, Iterable[Idea]], *hardware: Hardware, seed: int = 1) -> None:
+    def __init__(
+        self, history: History, ideas: Mapping[str, Iterable[Idea]], *hardware: Hardware, seed: int = 1
+    ) -> None:
         self.history = history
         self.hardware = {one.profile.slug: one for one in hardware}
         self.slots = [Slot(slot, slug) for slug, one in self.hardware.items() for slot in one.slots]
@@ -217,6 +219,12 @@ class Simulation:
                 return False
             self.history.at = max(self.history.at, end)
             self._end(trial_id)
+
+    def kill(self, away_s: float) -> None:
+        """The coordinator dies with its trials; another session takes over `away_s` later."""
+        self.ends.clear()
+        self.history.at += away_s
+        self.history.start(*self.hardware.values())
 
     def _perform(self, command: studies.Command) -> None:
         match command:

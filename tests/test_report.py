@@ -1,0 +1,357 @@
+"""What is written of a study: results.tsv, the summary, progress.png and the status."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import time
+from pathlib import Path
+
+import histories
+import pandas as pd
+import pytest
+from histories import CPU, CPU_IDEAS, GPU, History, Idea, Simulation, realistic
+from PIL import Image
+
+from raysearch import report, tally
+from raysearch.model import Direction, Outcome, Purpose, Trial, TrialFinished, TrialStarted, Verdict
+from raysearch.study import Settings, Study
+from raysearch.tally import Fate
+
+HOSTILE = (
+    '"quoted\tand\nbroken\x1b[2J\x1b]0;owned\x07 [bold]| `code` <script> $\\frac{ 深い \u202e \ud800 ' + "long " * 200
+)
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return realistic().study
+
+
+def with_ideas(*ideas: Idea, direction: Direction = Direction.MINIMIZE, trials: int = 50) -> Study:
+    history = History(Settings(max_trials=trials, direction=direction))
+    history.start(CPU)
+    Simulation(history, {CPU.profile.slug: ideas}, CPU).run()
+    return history.study
+
+
+def rows_of(study: Study) -> list[dict[str, str]]:
+    return report.results_rows(study, metric="val_bpb")
+
+
+# ---- results.tsv ----
+
+
+def test_the_history_has_all_that_is_to_be_told(study: Study) -> None:
+    fates = {line.fate for line in tally.lines(study)}
+    assert fates == set(Fate)
+    outcomes = {run.outcome for run in study.trials.values()}
+    assert {Outcome.CRASHED, Outcome.OUT_OF_MEMORY, Outcome.INVALID, Outcome.MEASURED} <= outcomes
+    assert study.refused
+    assert len(study.running) == 3
+
+
+def test_results_begin_with_the_five_columns_of_autoresearch(study: Study, tmp_path: Path) -> None:
+    report.write_results(study, tmp_path / "results.tsv", metric="val_bpb")
+    lines = (tmp_path / "results.tsv").read_text().splitlines()
+    assert lines[0].split("\t")[:5] == ["commit", "val_bpb", "memory_gb", "status", "description"]
+    for line in lines[1:]:
+        commit, value, memory_gb, status, description = line.split("\t")[:5]
+        assert len(commit) == 7
+        assert int(commit, 16) >= 0
+        assert len(value.split(".")[1]) == 6
+        assert len(memory_gb.split(".")[1]) == 1
+        assert status in ("keep", "discard", "crash")
+        assert (value == "0.000000") == (status == "crash")
+        assert description
+
+
+def test_every_line_of_results_has_the_columns_of_the_header(study: Study, tmp_path: Path) -> None:
+    report.write_results(study, tmp_path / "results.tsv", metric="val_bpb")
+    lines = (tmp_path / "results.tsv").read_text().split("\n")
+    assert lines.pop() == ""
+    assert len({line.count("\t") for line in lines}) == 1
+    assert len(lines) == 1 + len(rows_of(study))
+
+
+def test_results_hold_the_baselines_and_every_settled_candidate_that_was_run_once(study: Study) -> None:
+    names = [row["candidate"] for row in rows_of(study)]
+    settled = [line.state.candidate.id for line in tally.lines(study) if line.fate.is_settled and line.runs]
+    assert names == settled
+    assert len(names) == len(set(names))
+    assert {"cpu-base", "rtx3060-12gb-base"} <= set(names)
+    assert len({row["profile"] for row in rows_of(study)}) == 2
+
+
+def test_a_candidate_is_kept_when_its_tree_is_on_the_ratchet_and_only_then(study: Study) -> None:
+    kept = {row["candidate"]: row["commit"] for row in rows_of(study) if row["status"] == "keep"}
+    on_ratchets = {
+        name: commit[:7]
+        for lane in study.lanes.values()
+        for name, commit in [
+            (lane.base, study.candidate(lane.base).candidate.commit),
+            *((win.candidate, win.commit) for win in lane.wins),
+        ]
+    }
+    assert kept == on_ratchets
+
+
+def test_a_confirmed_candidate_that_was_carried_says_by_which(study: Study) -> None:
+    carried = [row for row in rows_of(study) if row["carried_by"]]
+    assert carried
+    for row in carried:
+        assert (row["status"], row["verdict"]) == ("discard", "keep")
+        assert study.candidate(row["carried_by"]).candidate.proposal.carries == row["candidate"]
+
+
+def test_a_failed_candidate_says_how_and_why(study: Study) -> None:
+    row = next(row for row in rows_of(study) if row["outcome"] == "out_of_memory")
+    assert row["status"] == "crash"
+    assert "out of memory while building the model" in row["reason"]
+
+
+def test_a_hostile_description_stays_in_its_cell(tmp_path: Path) -> None:
+    study = with_ideas(Idea(HOSTILE, 0.3), Idea("plain", 0.3), Idea(HOSTILE, outcome=Outcome.CRASHED, reason=HOSTILE))
+    report.write_results(study, tmp_path / "results.tsv", metric="val_bpb")
+    text = (tmp_path / "results.tsv").read_text()
+    assert not any(char in text for char in "\x1b\x07\u202e")
+    table = pd.read_csv(io.StringIO(text), sep="\t")
+    assert list(table["candidate"]) == [row["candidate"] for row in rows_of(study)]
+    assert len(list(csv.reader(io.StringIO(text), delimiter="\t"))) == len(table) + 1
+    assert table["description"].str.len().max() <= 300
+
+
+def test_results_of_an_empty_study_are_a_header(tmp_path: Path) -> None:
+    report.write_results(Study(Settings()), tmp_path / "results.tsv", metric="accuracy")
+    (line,) = (tmp_path / "results.tsv").read_text().splitlines()
+    assert line.startswith("commit\taccuracy\tmemory_gb\tstatus\tdescription\tprofile\t")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(study: Study, tmp_path: Path) -> None:
+    blocked = tmp_path / "results.tsv"
+    blocked.mkdir()  # a file cannot replace a folder
+    with pytest.raises(OSError, match=r"results\.tsv"):
+        report.write_results(study, blocked, metric="val_bpb")
+    assert list(tmp_path.iterdir()) == [blocked]
+
+
+# ---- the summary ----
+
+
+def part(text: str, heading: str) -> str:
+    return text.partition(f"\n{heading}\n")[2].split("\n## ", maxsplit=1)[0]
+
+
+def test_the_summary_names_champion_noise_and_every_step(study: Study) -> None:
+    text = report.summary_markdown(study, name="demo", metric="val_bpb")
+    cpu = part(text, "## cpu")
+    at = tally.standing(study, "cpu")
+    assert at.noise is not None
+    assert f"σ = {at.noise.sigma:.4f} from run to run ({at.noise.dof} degrees of freedom)" in cpu
+    assert f"Baseline: val_bpb {at.baseline:.4f} (mean of {at.baseline_runs} runs)" in cpu
+    assert f"Champion: val_bpb {at.value:.4f}" in cpu
+    assert "better (±" in cpu
+    assert f"{abs(at.delta or 0) / at.noise.sigma:.1f} σ" in cpu
+    assert f"Second held-out split (reported, never used to decide): {at.holdout:.4f}, baseline" in cpu
+    for step, win in enumerate(study.lane("cpu").wins, start=1):
+        assert f"| {step} | `{win.commit[:7]}` | {win.candidate} | -" in cpu
+
+
+def test_the_summary_counts_outcomes_fates_refusals_and_shows_the_last_line_of_a_failure(study: Study) -> None:
+    text = report.summary_markdown(study, name="demo", metric="val_bpb")
+    cpu = part(text, "## cpu")
+    assert "1 out of memory" in cpu
+    assert "3 baseline" in cpu
+    assert "of the carried ones before any run" in cpu
+    assert "Last line: NameError: name 'gelu2' is not defined" in cpu
+    assert "- 1 × the same program as c0001" in part(text, "## Refused proposals")
+
+
+def test_the_shares_of_slot_time_add_up(study: Study) -> None:
+    use = tally.time_use(study, "cpu")
+    known = use.training_s + use.evaluation_s + use.start_s + use.other_s + use.failed_s + use.running_s + use.idle_s
+    assert known == pytest.approx(use.slot_s)
+    assert use.slot_s == pytest.approx(2 * use.active_s, rel=0.01)
+    measured = [run for run in study.trials.values() if run.trial.profile == "cpu" and run.measurement is not None]
+    assert use.training_s == pytest.approx(20.0 * len(measured))
+    assert max(use.gaps_s) < 0.1
+    shares = [line for line in report.summary_markdown(study, name="s", metric="m").splitlines() if " % |" in line]
+    assert sum(float(line.split("|")[2].rstrip("% ")) for line in shares) == pytest.approx(200.0, abs=1.0)
+
+
+def test_the_time_between_a_kill_and_the_next_session_is_neither_idle_nor_a_gap() -> None:
+    history = History(Settings(max_trials=6))
+    history.start(CPU)
+    simulation = Simulation(history, {"cpu": CPU_IDEAS}, CPU)
+    simulation.run(100.0)
+    known_at = history.records[-1].at
+    before = tally.time_use(history.study, "cpu")
+    simulation.kill(away_s=36_000)
+    simulation.run()
+    after = tally.time_use(history.study, "cpu")
+    first, second = tally.sessions(history.study)
+    assert first == pytest.approx((histories.START, known_at), abs=0.5)
+    assert second[0] - first[1] >= 36_000
+    assert max(after.gaps_s) < 0.2
+    assert after.idle_s < before.slot_s + 60
+    assert after.active_s < 1000
+
+
+def test_an_idea_that_was_carried_is_one_proposal_and_one_win_of_its_proposer(study: Study) -> None:
+    found = {one.proposer: one for one in tally.proposers(study)}
+    assert set(found) == {"tune", "inbox"}
+    wins = sum(len(lane.wins) for lane in study.lanes.values())
+    assert sum(one.confirmed for one in found.values()) == wins
+    assert found["inbox"].proposals == 2
+    assert found["inbox"].confirmed == 1
+    assert all(one.confirmed <= one.screened <= one.proposals - one.refused for one in found.values())
+    not_carried = [state for state in study.candidates.values() if state.candidate.proposal.carries is None]
+    asked = len(not_carried) - len(study.lanes) + len(study.refused) + len(study.waiting)
+    assert sum(one.proposals for one in found.values()) == asked
+
+
+def test_the_summary_of_a_maximised_metric_speaks_of_better_and_not_of_lower() -> None:
+    study = with_ideas(Idea("wider", 0.4), Idea("narrower", -0.4), direction=Direction.MAXIMIZE)
+    text = report.summary_markdown(study, name="up", metric="accuracy")
+    assert "accuracy: higher is better" in text
+    assert "better (±" in text
+    assert "lower" not in text
+    (win,) = study.lane("cpu").wins
+    assert study.candidate(win.candidate).candidate.proposal.hypothesis == "wider"
+
+
+def test_the_summary_of_an_empty_study_says_that_there_is_nothing() -> None:
+    text = report.summary_markdown(Study(Settings()), name="new", metric="val_bpb")
+    assert "No trial has finished yet" in text
+    assert "progress.png" not in text
+
+
+def test_the_summary_before_any_win_says_so() -> None:
+    text = report.summary_markdown(with_ideas(Idea("worse", 0.3)), name="new", metric="val_bpb")
+    assert "No win has been confirmed yet" in text
+    assert "### Ratchet" not in text
+
+
+def test_a_blocked_profile_says_why() -> None:
+    history = History()
+    history.start(CPU)
+    trial = Trial("cpu-base-1", "cpu-base", "cpu", histories.commit_of("cpu"), Purpose.BASELINE, 1)
+    history.add(TrialStarted(trial, 1, "cpu-0"))
+    history.add(TrialFinished(trial.id, 1, Outcome.CRASHED, "exit code 1", log_tail="boom"))
+    text = report.summary_markdown(history.study, name="s", metric="val_bpb")
+    assert "Nothing more can be run here: its baseline cpu-base-1 crashed: exit code 1" in text
+    assert "Last line: boom" in text
+    found = report.status(history.study, name="s", metric="val_bpb", now=history.at, running=False)
+    assert "cpu: blocked, its baseline" in report.status_text(found)
+
+
+def test_hostile_text_breaks_no_table_of_the_summary() -> None:
+    study = with_ideas(Idea(HOSTILE, -0.3), Idea(HOSTILE, outcome=Outcome.CRASHED, reason=HOSTILE, log_tail=HOSTILE))
+    text = report.summary_markdown(study, name=HOSTILE, metric="val_bpb")
+    assert text.encode()
+    assert not any(char in text for char in "\x1b\x07\u202e")
+    assert "<script>" not in text.replace("\\<", "")
+    (row,) = [line for line in text.splitlines() if line.startswith("| 1 |")]
+    assert row.replace("\\|", "").count("|") == 8
+
+
+# ---- progress.png ----
+
+
+def picture(study: Study, path: Path, *, metric: str = "val_bpb") -> Image.Image:
+    report.write_progress(study, path, metric=metric)
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        return image
+
+
+def test_progress_has_a_panel_for_each_profile(study: Study, tmp_path: Path) -> None:
+    two = picture(study, tmp_path / "two.png")
+    one = picture(with_ideas(Idea("worse", 0.3)), tmp_path / "one.png")
+    assert two.width == one.width == 1320
+    assert two.height == 2 * one.height
+    assert (tmp_path / "two.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 10_000
+
+
+def test_progress_of_an_empty_study_is_a_small_figure_that_says_so(tmp_path: Path) -> None:
+    assert picture(Study(Settings()), tmp_path / "empty.png").height < 200
+    history = History()
+    history.start(CPU, GPU)
+    assert picture(history.study, tmp_path / "idle.png").height < 400
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_progress_can_be_drawn_with_hostile_labels_and_runs_far_off_the_scale(
+    direction: Direction, tmp_path: Path
+) -> None:
+    good = -0.3 if direction is Direction.MINIMIZE else 0.3
+    ideas = [Idea(HOSTILE, good), Idea("$x^", good), Idea("far off", -1000 * good), Idea("\x00", good)]
+    picture(with_ideas(*ideas, direction=direction), tmp_path / "hostile.png", metric="$\\frac")
+
+
+def test_progress_can_be_drawn_of_equal_values(tmp_path: Path) -> None:
+    still = dataclasses.replace(CPU, sigma=0.0)
+    history = History(Settings(max_trials=2))
+    history.start(still)
+    Simulation(history, {"cpu": [Idea("nothing"), Idea("nothing either")]}, still).run()
+    picture(history.study, tmp_path / "flat.png")
+    assert "equal" not in report.summary_markdown(history.study, name="flat", metric="m")
+
+
+# ---- status ----
+
+
+def test_the_status_is_json_and_tells_champion_noise_queue_and_runs(study: Study) -> None:
+    found = report.status(study, name="demo", metric="val_bpb", now=study.last_at + 5, running=True)
+    again = json.loads(json.dumps(found, allow_nan=False))
+    assert again == found
+    cpu = found["profiles"][0]
+    lane = study.lane("cpu")
+    assert (cpu["champion"], cpu["champion_commit"]) == (lane.champion, lane.champion_commit)
+    assert cpu["delta"] is not None
+    assert cpu["gain"] == -cpu["delta"] > 0
+    assert {run["trial"] for run in found["running_trials"]} == set(study.running)
+    assert found["queued"] == sum(len(trials) for trials in study.queued().values())
+    assert found["candidates_tried"] <= found["trials_finished"]
+    assert found["last_verdicts"][-1]["verdict"] in [verdict.value for verdict in Verdict]
+
+
+def test_the_status_text_tells_a_run_in_flight_from_one_that_was_lost(study: Study) -> None:
+    at = study.last_at + 5
+    running = report.status_text(report.status(study, name="demo", metric="val_bpb", now=at, running=True))
+    assert "demo: running, last event 0:05 ago" in running
+    assert "better than the baseline after 4 wins" in running
+    stopped = report.status_text(report.status(study, name="demo", metric="val_bpb", now=at, running=False))
+    assert "not running" in stopped
+    assert "will be run again" in stopped
+    assert "will be run again" not in running
+
+
+def test_the_status_of_an_empty_study_says_that_nothing_was_run() -> None:
+    found = report.status(Study(Settings()), name="new", metric="val_bpb", now=0.0, running=False)
+    json.dumps(found, allow_nan=False)
+    assert "nothing has been run" in report.status_text(found)
+
+
+# ---- all together ----
+
+
+def test_write_all_writes_three_files_and_returns_them(study: Study, tmp_path: Path) -> None:
+    written = report.write_all(study, tmp_path / "new folder", name="demo", metric="val_bpb")
+    assert [path.name for path in written] == ["results.tsv", "report.md", "progress.png"]
+    assert sorted(path.name for path in (tmp_path / "new folder").iterdir()) == sorted(p.name for p in written)
+    assert all(path.stat().st_mode & 0o044 for path in written)
+
+
+def test_three_thousand_trials_are_reported_in_no_time(tmp_path: Path) -> None:
+    study = histories.long_history(3000).study
+    assert len(study.trials) > 2500
+    begin = time.process_time()
+    report.write_results(study, tmp_path / "results.tsv", metric="val_bpb")
+    report.write_summary(study, tmp_path / "report.md", name="long", metric="val_bpb")
+    report.status(study, name="long", metric="val_bpb", now=study.last_at, running=False)
+    assert time.process_time() - begin < 2.0
+    picture(study, tmp_path / "progress.png")
