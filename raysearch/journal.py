@@ -49,6 +49,19 @@ class Journal:
             self._release()
             raise
 
+    @staticmethod
+    def is_driven(path: Path) -> bool:
+        """Whether a coordinator holds the journal now."""
+        if not path.with_suffix(".lock").exists():
+            return False
+        lock = FileLock(path.with_suffix(".lock"), is_singleton=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
     def _take_lock(self) -> FileLock:
         lock = FileLock(self._path.with_suffix(".lock"), is_singleton=False)
         try:

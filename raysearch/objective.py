@@ -7,7 +7,6 @@ its command line alone: nothing of it is imported.
 from __future__ import annotations
 
 import ast
-import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -283,9 +282,3 @@ def plan_trial(
     evaluations = 2 if holdout else 1
     total_s = preset.startup_limit_s + training_limit_s + evaluations * preset.evaluation_limit_s
     return RunPlan(command, preset.startup_limit_s, total_s)
-
-
-def prepare_command(preset: Preset, dataset: str | None) -> tuple[str, ...]:
-    """The command that makes the data of a preset, or finds it made. Its last line on stdout is a JSON object."""
-    command = (sys.executable, "-m", "trainer.prepare", "--preset", preset.name)
-    return (*command, "--dataset", dataset) if dataset else command

@@ -117,6 +117,7 @@ class Run:
         order = {
             "command": [_filled(argument, places) for argument in spec.command],
             "env": trial_env,
+            "attempt": spec.attempt,
             "metric": spec.metric,
             "startup_limit_s": spec.startup_limit_s,
             "total_limit_s": spec.total_limit_s,
@@ -245,6 +246,7 @@ def supervise(out: Path) -> None:
     wall_s = time.monotonic() - started
     result = stopped if stopped else _outcome(process.returncode, out, order["metric"], wall_s)
     written = {
+        "attempt": order["attempt"],
         "outcome": result.outcome.value,
         "reason": result.reason,
         "measurement": dataclasses.asdict(result.measurement) if result.measurement else None,

@@ -153,6 +153,7 @@ class CandidateState:
     delta: float | None = None
     delta_se: float | None = None
     pairs: int = 0
+    judged_at: float = 0.0
     carried_by: str | None = None
     ratchet_commit: str | None = None
 
@@ -211,7 +212,7 @@ class Study:
         self.refused: list[tuple[Proposal, str]] = []
         self.proposals = 0
         self.screens = 0  # started or in line, carried changes not counted
-        self._proposal_by_id: dict[str, Proposal] = {}
+        self.proposed_at: dict[str, float] = {}
         self._by_commit: dict[str, str] = {}
 
     # ---- events in ----
@@ -230,7 +231,7 @@ class Study:
             case ProfileAdded() as event:
                 self._add_profile(event, record.at)
             case Proposed() as event:
-                self._propose(event.proposal)
+                self._propose(event.proposal, record.at)
             case Refused() as event:
                 self._refuse(event)
             case Materialised() as event:
@@ -240,7 +241,7 @@ class Study:
             case TrialFinished() as event:
                 self._finish(event, record.at)
             case Judged() as event:
-                self._judged(event)
+                self._judged(event, record.at)
             case RatchetMoved() as event:
                 self._move(event, record.at)
         self.seq, self.last_at = record.seq, record.at
@@ -271,11 +272,11 @@ class Study:
         # Two presets may be one tree and so one commit: a commit means a candidate only within its profile.
         self._by_commit[f"{slug}:{event.commit}"] = candidate.id
 
-    def _propose(self, proposal: Proposal) -> None:
+    def _propose(self, proposal: Proposal, at: float) -> None:
         self.lane(proposal.profile)
         self.proposals += 1
         self.waiting[proposal.id] = proposal
-        self._proposal_by_id[proposal.id] = proposal
+        self.proposed_at[proposal.id] = at
         if proposal.carries is None:
             self.screens += 1
         else:
@@ -338,8 +339,9 @@ class Study:
             fresh = self.lane(state.trial.profile).fresh
             fresh.setdefault(state.trial.candidate, []).append(state.measurement.value)
 
-    def _judged(self, event: Judged) -> None:
+    def _judged(self, event: Judged, at: float) -> None:
         state = self.candidate(event.candidate)
+        state.judged_at = at
         state.verdict, state.reason = event.verdict, event.reason
         state.delta, state.delta_se, state.pairs = event.delta, event.delta_se, event.pairs
         if event.verdict is Verdict.DISCARD:
@@ -389,6 +391,15 @@ class Study:
     def queued(self) -> dict[str, list[Trial]]:
         """Trials that wait for a slot, by profile, in the order in which they get one."""
         return {slug: list(self._queued(lane)) for slug, lane in self.lanes.items()}
+
+    def holdout(self, candidate_id: str) -> float | None:
+        """A candidate's metric on the second held-out split, where one of its runs measured it."""
+        own = [race_id(candidate_id, pair) for pair in range(1, self.candidate(candidate_id).pairs + 1)]
+        for trial_id in (*own, f"{candidate_id}-1"):
+            run = self.trials.get(trial_id)
+            if run and run.measurement and run.measurement.holdout is not None:
+                return run.measurement.holdout
+        return None
 
     # ---- commands out ----
 

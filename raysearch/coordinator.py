@@ -1,0 +1,552 @@
+"""The only loop and the only clock: performs what `study` commands, and journals what comes of it.
+
+The intent is in the journal before the effect, the outcome after it, and every effect can be repeated by its id; a
+coordinator that was killed anywhere is started again and goes on. It decides nothing that `study` could decide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raysearch import __version__, objective
+from raysearch.asker import Asker
+from raysearch.config import StudyConfig, write_config
+from raysearch.console import Console
+from raysearch.errors import UserError
+from raysearch.executors import Executor, Report, RunEnded, SlotFailed, SlotInfo, SlotJoined, SlotLeft, SlotProgress
+from raysearch.folder import Folder
+from raysearch.journal import Journal
+from raysearch.knobs import fingerprint
+from raysearch.model import (
+    Event,
+    Judged,
+    Materialised,
+    Measurement,
+    Operator,
+    Outcome,
+    Profile,
+    ProfileAdded,
+    Proposal,
+    Proposed,
+    Purpose,
+    RatchetMoved,
+    Refused,
+    SessionEnded,
+    SessionStarted,
+    Trial,
+    TrialFinished,
+    TrialStarted,
+    Verdict,
+)
+from raysearch.objective import Budget
+from raysearch.patches import Conflict, Empty, PatchError
+from raysearch.profile import base_slug, same_profile, with_slug
+from raysearch.proposers import Idea, Proposer, Request, Told, inbox
+from raysearch.ratchet import Moved, Ratchet, step_message
+from raysearch.runner import RunResult, RunSpec
+from raysearch.schedule import Slot
+from raysearch.study import (
+    Ask,
+    Carry,
+    Command,
+    Conclude,
+    Finish,
+    Materialise,
+    MoveRatchet,
+    StartTrial,
+    Study,
+    candidate_id,
+)
+
+POLL_S = 0.25
+POLL_WHILE_ASKING_S = 0.02
+INBOX_EVERY_S = 1.0
+NO_IDEAS_AFTER = 4  # fruitless asks in a row, with nothing in flight, after which the search is over
+SUBJECT_LENGTH = 72
+
+
+@dataclass(frozen=True)
+class Session:
+    """Marks of this run of the coordinator.
+
+    Attributes:
+        study: Id of the study, by which its processes are found.
+        id: Of this session, by which they are told from an earlier one's.
+        deadline: Unix time after which nothing new is proposed; None for no limit.
+    """
+
+    study: str
+    id: str
+    deadline: float | None = None
+
+
+class Coordinator:
+    """Drives one study.
+
+    Args:
+        folder: Of the study.
+        config: Of the study.
+        study: Its state, replayed from the journal.
+        journal: Opened for writing.
+        repo: The study's git repository.
+        executor: Where trials run.
+        proposer: Asked for proposals.
+        console: Shows what happens.
+        session: Of this run.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Folder,
+        config: StudyConfig,
+        study: Study,
+        journal: Journal,
+        repo: Ratchet,
+        executor: Executor,
+        proposer: Proposer,
+        console: Console,
+        session: Session,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._objective = config.to_objective()
+        self._study = study
+        self._journal = journal
+        self._repo = repo
+        self._executor = executor
+        self._asker = Asker(proposer, clock)
+        self._console = console
+        self._session = session
+        self._clock = clock
+        self._presets = objective.load_presets() if self._objective.has_presets else {}
+        self._slots: dict[str, SlotInfo] = {}
+        self._profile_of: dict[str, str] = {}  # slot id -> profile slug
+        self._progress: dict[str, SlotProgress] = {}
+        self._wall_s: dict[str, float] = {}  # of the last measured trial, by profile
+        self._failed_slots: list[str] = []
+        self._inbox_at = 0.0
+        self._draining = False
+        self._stopping = False
+
+    # ---- what the outside may do ----
+
+    def interrupt(self) -> None:
+        """Ctrl-C: once drains, twice stops."""
+        self._draining, self._stopping = True, self._draining
+
+    def stop(self) -> None:
+        """Stops now; runs in flight are run again when the study is continued."""
+        self._stopping = True
+
+    def run(self) -> str:
+        """Works until nothing is left to do; returns why it ended.
+
+        Raises:
+            UserError: No slot can be used, or the study's folder can no longer be written.
+        """
+        self._recover()
+        self._record(SessionStarted(platform.node(), os.getpid(), __version__))
+        self._teach()
+        try:
+            return self._end(self._loop())
+        finally:
+            self._asker.close()
+
+    def _loop(self) -> str:
+        said_draining = False
+        while not self._stopping:
+            if self._draining and not said_draining:
+                said_draining = True
+                self._console.note("draining: the runs in flight end, nothing new starts; Ctrl-C again stops now")
+            commands = self._next_commands()
+            for command in commands:
+                if isinstance(command, Finish):
+                    return command.reason
+                self._perform(command)
+            self._wait(0.0 if commands else POLL_WHILE_ASKING_S if self._asker.in_flight() else POLL_S)
+        return "stopped at once: runs in flight are run again when the study goes on"
+
+    # ---- the loop's parts ----
+
+    def _next_commands(self) -> list[Command]:
+        accepting = self._session.deadline is None or self._clock() < self._session.deadline
+        commands = self._study.next_commands(
+            self._slots_by_profile(), asking=self._asker.outstanding(), accepting=accepting, draining=self._draining
+        )
+        if not commands and self._out_of_ideas():
+            return [Finish("no proposer has anything new to try")]
+        if self._failed_slots and not self._slots and self._executor.starting() == 0:
+            raise UserError(f"no slot can be used: {self._failed_slots[-1]}")
+        return commands
+
+    def _out_of_ideas(self) -> bool:
+        lanes = [lane for lane in self._study.lanes.values() if not lane.blocked]
+        idle = not self._study.running and not any(self._study.queued().values())
+        return (
+            bool(lanes) and idle and min(self._asker.fruitless(lane.profile.slug) for lane in lanes) >= NO_IDEAS_AFTER
+        )
+
+    def _wait(self, timeout_s: float) -> None:
+        for report in self._executor.poll(timeout_s):
+            self._handle(report)
+        for answer in self._asker.answers():
+            if answer.failure:
+                self._console.note(f"the proposer failed and is asked again later: {answer.failure}")
+            for idea in answer.ideas:
+                self._propose(idea, answer.request.profile, answer.request.base, answer.seconds / len(answer.ideas))
+        for failure in self._asker.broken_tells():
+            self._console.note(f"the proposer could not be told of a run: {failure}")
+        if self._clock() - self._inbox_at >= INBOX_EVERY_S:
+            self._inbox_at = self._clock()
+            self._take_inbox()
+        slots = self._slots_by_profile()
+        self._console.refresh(self._clock(), slots=slots, progress=self._progress, draining=self._draining)
+
+    def _slots_by_profile(self) -> list[Slot]:
+        return [Slot(slot_id, self._profile_of[slot_id]) for slot_id in self._slots]
+
+    def _record(self, event: Event) -> None:
+        record = self._journal.append(event, seq=self._study.seq + 1, at=self._clock())
+        self._study.apply(record)
+        self._console.record(record)
+
+    def _end(self, reason: str) -> str:
+        self._record(SessionEnded(reason))
+        return reason
+
+    # ---- commands ----
+
+    def _perform(self, command: Command) -> None:
+        match command:
+            case Materialise(proposal=proposal):
+                self._materialise(proposal)
+            case Conclude(event=event):
+                self._record(event)
+            case MoveRatchet():
+                self._move(command)
+            case Carry():
+                self._carry(command)
+            case StartTrial():
+                self._start(command)
+            case Ask():
+                self._ask(command)
+            case Finish():
+                raise AssertionError("the loop ends on Finish")
+
+    def _materialise(self, proposal: Proposal) -> None:
+        lane = self._study.lane(proposal.profile)
+        editable = self._objective.editable
+        message = f"{_subject(proposal)}\n\nTrial: {proposal.id}\nProposer: {proposal.proposer}\n"
+        try:
+            commit = self._repo.commit_patch(
+                proposal.base,
+                proposal.patch,
+                editable=editable,
+                message=message,
+                at=self._study.proposed_at[proposal.id],
+            )
+            files = self._repo.files(commit, editable)
+            objective.check_program(files, self._objective)
+        except (PatchError, UserError) as error:
+            self._record(Refused(proposal.id, str(error)))
+            return
+        digest = fingerprint(files)
+        same = lane.fingerprints.get(digest)
+        if same is not None:
+            self._record(Refused(proposal.id, f"the same program as {same}"))
+            return
+        self._repo.keep(proposal.id, commit)
+        self._record(Materialised(proposal.id, commit, digest))
+
+    def _move(self, command: MoveRatchet) -> None:
+        state = self._study.candidate(command.candidate.id)
+        proposal = state.candidate.proposal
+        value = self._study.value(proposal.id)
+        assert value is not None
+        assert state.delta is not None
+        message = step_message(
+            proposal.hypothesis,
+            trial=proposal.id,
+            profile=command.profile,
+            metric=self._objective.metric,
+            val=value,
+            delta=state.delta,
+            delta_se=state.delta_se,
+            n=state.pairs,
+            holdout=self._study.holdout(proposal.id),
+            proposer=proposal.proposer,
+            cost_usd=proposal.cost_usd,
+        )
+        try:
+            commit = self._repo.step(
+                command.profile,
+                expected=command.expected,
+                candidate_commit=command.candidate.commit,
+                message=message,
+                at=state.judged_at,
+            )
+        except Moved as error:
+            raise UserError(
+                f"{error}; a ratchet is moved by its study alone: set the branch back and start again"
+            ) from None
+        self._record(RatchetMoved(command.profile, proposal.id, commit, command.expected))
+        self._asker.retry(command.profile)
+
+    def _carry(self, command: Carry) -> None:
+        proposal = command.candidate.proposal
+        champion = self._study.lane(proposal.profile).champion
+        try:
+            patch = self._repo.carry(
+                command.candidate.commit, base=proposal.base, onto=command.onto, editable=self._objective.editable
+            )
+        except Empty:
+            self._drop(command, f"its change is in the champion {champion} already")
+        except Conflict as error:
+            self._drop(command, f"it conflicts with the champion {champion}: {error}")
+        else:
+            confirmed = self._study.candidate(proposal.id).verdict is Verdict.KEEP
+            carried = Proposal(
+                id=candidate_id(self._study.proposals + 1),
+                profile=proposal.profile,
+                base=command.onto,
+                patch=patch,
+                operator=Operator.COMBINE if confirmed else proposal.operator,
+                hypothesis=proposal.hypothesis,
+                proposer=proposal.proposer,
+                predicted_delta=proposal.predicted_delta,
+                carries=proposal.id,
+            )
+            self._record(Proposed(carried))
+
+    def _drop(self, command: Carry, reason: str) -> None:
+        state = self._study.candidate(command.candidate.id)
+        self._record(
+            Judged(command.candidate.id, Verdict.DISCARD, reason, state.delta, state.delta_se, pairs=state.pairs)
+        )
+
+    def _start(self, command: StartTrial) -> None:
+        trial = command.trial
+        lane = self._study.lane(trial.profile)
+        preset = self._presets.get(lane.profile.preset)
+        plan = objective.plan_trial(
+            self._objective,
+            preset,
+            self._budget(lane.profile.preset),
+            device=lane.profile.device,
+            threads=lane.profile.threads,
+            holdout=trial.holdout,
+        )
+        spec = RunSpec(
+            trial_id=trial.id,
+            attempt=command.attempt,
+            study=self._session.study,
+            session=self._session.id,
+            files=self._repo.files(trial.commit, (*self._objective.editable, *self._objective.protected)),
+            command=plan.command,
+            metric=self._objective.metric,
+            seed=trial.seed,
+            startup_limit_s=plan.startup_limit_s,
+            total_limit_s=plan.total_limit_s,
+            threads=lane.profile.threads,
+            niceness=self._config.slots.niceness,
+            out=str(self._folder.trials / trial.id),
+        )
+        self._record(TrialStarted(trial, command.attempt, command.slot))
+        try:
+            self._executor.start(command.slot, spec)
+        except UserError as error:  # the slot left a moment ago
+            self._record(TrialFinished(trial.id, command.attempt, Outcome.LOST, str(error)))
+
+    def _ask(self, command: Ask) -> None:
+        lane = self._study.lane(command.profile)
+        self._asker.ask(
+            Request(
+                profile=command.profile,
+                base=lane.champion_commit,
+                files=self._repo.files(lane.champion_commit, self._objective.editable),
+                count=command.count,
+                known=frozenset(lane.fingerprints),
+                direction=self._objective.direction,
+            )
+        )
+
+    def _propose(self, idea: Idea, profile: str, base: str, seconds: float) -> None:
+        self._record(
+            Proposed(
+                Proposal(
+                    id=candidate_id(self._study.proposals + 1),
+                    profile=profile,
+                    base=base,
+                    patch=idea.patch,
+                    operator=idea.operator,
+                    hypothesis=idea.hypothesis,
+                    proposer=idea.proposer,
+                    predicted_delta=idea.predicted_delta,
+                    cost_usd=idea.cost_usd,
+                    proposal_s=round(seconds, 3),
+                )
+            )
+        )
+
+    def _take_inbox(self) -> None:
+        items, bad = inbox.waiting(self._folder.inbox)
+        for item in items:
+            for slug in item.profiles:
+                if slug in self._study.lanes:
+                    self._propose(item.idea, slug, self._study.lanes[slug].champion_commit, 0.0)
+                else:
+                    self._console.note(f"inbox: {item.path.name} is for profile {slug!r}, which is not in the study")
+            inbox.take(item.path)
+        for path, reason in bad:
+            self._console.note(f"inbox: {path.name} is no proposal ({reason}); drop patches with `raysearch propose`")
+            inbox.take(path)
+
+    # ---- reports ----
+
+    def _handle(self, report: Report) -> None:
+        match report:
+            case SlotJoined(slot=slot):
+                self._join(slot)
+            case SlotLeft(slot_id=slot_id, reason=reason):
+                self._slots.pop(slot_id, None)
+                self._progress.pop(slot_id, None)
+                self._console.note(f"slot {slot_id} left: {reason}")
+            case SlotFailed(place=place, reason=reason):
+                self._failed_slots.append(f"{place}: {reason}")
+                self._console.note(f"slot {place} cannot be used: {reason}")
+            case SlotProgress(slot_id=slot_id):
+                self._progress[slot_id] = dataclasses.replace(report, seconds_left=self._seconds_left(slot_id))
+            case RunEnded(trial_id=trial_id, attempt=attempt, result=result):
+                self._ended(trial_id, attempt, result)
+
+    def _seconds_left(self, slot_id: str) -> float | None:
+        """Until the trial on a slot ends, going by the last one of its profile."""
+        state = next((state for state in self._study.running.values() if state.slot == slot_id), None)
+        wall_s = self._wall_s.get(self._profile_of[slot_id])
+        return max(0.0, wall_s - (self._clock() - state.started_at)) if state and wall_s else None
+
+    def _join(self, slot: SlotInfo) -> None:
+        found = self._profile(slot)
+        known = next((lane for lane in self._study.lanes.values() if same_profile(lane.profile, found)), None)
+        if known is None:
+            self._add_profile(with_slug(found, base_slug(slot.hardware), self._study.lanes))
+            known = next(lane for lane in self._study.lanes.values() if same_profile(lane.profile, found))
+        if slot.data and self._config.datasets.get(slot.preset) != slot.data.dataset:
+            settled = self._config.datasets | {slot.preset: slot.data.dataset}
+            self._config = self._config.model_copy(update={"datasets": settled})
+            write_config(self._folder.config, self._config)  # so that a later session takes the same
+        self._slots[slot.id] = slot
+        self._profile_of[slot.id] = known.profile.slug
+        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}")
+
+    def _profile(self, slot: SlotInfo) -> Profile:
+        hardware, preset = slot.hardware, self._presets.get(slot.preset)
+        software = {"torch": hardware.torch, "driver": hardware.driver, "capability": hardware.capability}
+        data, evaluation = "", ""
+        if slot.data and preset:
+            data = f"{slot.data.dataset}-v{preset.vocab_size}-t{preset.row_tokens} {slot.data.manifest_sha256[:12]}"
+            evaluation = f"{slot.data.evaluation_version}-{preset.eval_tokens}"
+        return Profile(
+            slug="",
+            device=hardware.device,
+            hardware=hardware.name,
+            memory_mb=hardware.memory_mb,
+            cores=hardware.cores if hardware.device == "cpu" else 0,
+            software={name: version for name, version in software.items() if version},
+            preset=slot.preset,
+            budget=str(self._budget(slot.preset)),
+            data=data,
+            evaluation=evaluation,
+            threads=self._config.slots.threads if hardware.device == "cpu" else 0,
+        )
+
+    def _budget(self, preset: str) -> Budget:
+        section = self._config.budget
+        if section.tokens is not None:
+            return Budget(tokens=section.tokens)
+        if section.seconds is not None:
+            return Budget(seconds=section.seconds)
+        return Budget(seconds=self._presets[preset].budget_s if preset else self._objective.timeout_s)
+
+    def _add_profile(self, profile: Profile) -> None:
+        base = self._repo.resolve("main")
+        files = self._repo.files(base, self._objective.editable)
+        commit = base
+        preset = self._presets.get(profile.preset)
+        if preset is not None:
+            path = objective.TRAIN_FILE
+            files = {**files, path: objective.base_program(files[path], preset)}
+            started = self._study.started_at or self._clock()
+            message = f"Preset {preset.name}, for {profile.hardware}\n"
+            commit = self._repo.commit_files(base, files, message=message, at=started)
+        self._repo.start(profile.slug, commit)
+        self._record(ProfileAdded(profile, commit, fingerprint(files)))
+
+    def _ended(self, trial_id: str, attempt: int, result: RunResult) -> None:
+        state = self._study.running.get(trial_id)
+        if state is None or state.attempt != attempt:
+            self._console.note(f"a result of {trial_id}, attempt {attempt}, came too late and is left out")
+            return
+        self._progress.pop(state.slot, None)
+        for name, content in result.files.items():
+            target = self._folder.trials / trial_id / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        finished = TrialFinished(
+            trial_id, attempt, result.outcome, result.reason, result.measurement, log_tail=result.log_tail
+        )
+        self._record(finished)
+        if result.measurement:
+            self._wall_s[state.trial.profile] = result.measurement.wall_s
+        self._tell(state.trial, result.outcome, result.measurement)
+
+    def _tell(self, trial: Trial, outcome: Outcome, measurement: Measurement | None) -> None:
+        """Lets the proposer learn from first runs; pairs are selected, and would count a program twice."""
+        if trial.purpose not in (Purpose.SCREEN, Purpose.BASELINE) or outcome.is_infrastructure:
+            return
+        value = measurement.value if measurement else None
+        repo, editable = self._repo, self._objective.editable
+        self._asker.tell(lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value))
+
+    # ---- after a restart ----
+
+    def _recover(self) -> None:
+        """Takes in results that a killed coordinator did not come to journal."""
+        for trial_id, state in list(self._study.running.items()):
+            found = _finished(self._folder, trial_id, state.attempt)
+            if found is not None:
+                self._record(found)
+
+    def _teach(self) -> None:
+        for state in self._study.trials.values():
+            if state.outcome is not None:
+                self._tell(state.trial, state.outcome, state.measurement)
+
+
+def _finished(folder: Folder, trial_id: str, attempt: int) -> TrialFinished | None:
+    """What a run left on this disk, if it ended by itself."""
+    try:
+        found: Mapping[str, Any] = json.loads((folder.trials / trial_id / "outcome.json").read_text())
+    except (OSError, ValueError):
+        return None
+    outcome = Outcome(found["outcome"])
+    if found["attempt"] != attempt or outcome.is_infrastructure:
+        return None
+    measurement = Measurement(**found["measurement"]) if found["measurement"] else None
+    return TrialFinished(trial_id, attempt, outcome, found["reason"], measurement, log_tail=found["log_tail"])
+
+
+def _subject(proposal: Proposal) -> str:
+    """First line of a commit's message."""
+    text = " ".join(proposal.hypothesis.split()) or proposal.operator.value
+    return text if len(text) <= SUBJECT_LENGTH else text[: SUBJECT_LENGTH - 1] + "…"

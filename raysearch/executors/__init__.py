@@ -1,0 +1,103 @@
+"""Where trials run: one protocol, and what an executor reports. Each module of this package is an executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from raysearch.data import PreparedData
+from raysearch.profile import Hardware
+from raysearch.runner import RunResult, RunSpec
+
+
+@dataclass(frozen=True)
+class SlotInfo:
+    """A slot that is ready.
+
+    Attributes:
+        id: Unique in the cluster, and the same for the same GPU when it comes back.
+        hardware: What it is.
+        preset: Name of the preset that its data was prepared for; empty for objectives without presets.
+        data: None for objectives without data.
+        shares_disk: Whether it sees the study's folder.
+    """
+
+    id: str
+    hardware: Hardware
+    preset: str
+    data: PreparedData | None
+    shares_disk: bool
+
+
+@dataclass(frozen=True)
+class SlotProgress:
+    """What the trial on a slot says of itself.
+
+    Attributes:
+        progress: 0 to 1 within the phase.
+        seconds_left: To the trial's end, as the coordinator reckons it; an executor leaves it None.
+    """
+
+    slot_id: str
+    phase: str
+    progress: float
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class SlotJoined:
+    """A slot is ready for trials."""
+
+    slot: SlotInfo
+
+
+@dataclass(frozen=True)
+class SlotLeft:
+    """A slot is gone; a run that was on it is reported by its own `RunEnded`."""
+
+    slot_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SlotFailed:
+    """A place for a slot that cannot be used, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """An attempt ended."""
+
+    trial_id: str
+    attempt: int
+    result: RunResult
+
+
+Report = SlotJoined | SlotLeft | SlotFailed | RunEnded | SlotProgress
+
+
+class Executor(Protocol):
+    """Runs attempts on slots. None of its methods waits for a trial."""
+
+    def start(self, slot_id: str, spec: RunSpec) -> None:
+        """Starts an attempt on a slot that is free."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[Report]:
+        """What happened since the last call; waits up to `timeout_s` for something to happen."""
+        ...
+
+    def cancel(self, trial_id: str) -> None:
+        """Ends an attempt in flight; its `RunEnded` says CANCELLED."""
+        ...
+
+    def starting(self) -> int:
+        """How many slots are being set up; 0 before the first `poll` says nothing."""
+        ...
+
+    def close(self) -> None:
+        """Ends all attempts in flight and gives the slots back."""
+        ...

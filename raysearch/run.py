@@ -1,0 +1,381 @@
+"""The command line: `python -m raysearch.run`, also installed as `raysearch`. It connects the parts and holds no logic.
+
+Data goes to stdout, everything said along the way to stderr. Bad input is one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+import time
+import tomllib
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raysearch import __version__, folder, objective, profile
+from raysearch.config import StudyConfig
+from raysearch.errors import UserError
+from raysearch.folder import Folder
+from raysearch.journal import Journal
+from raysearch.objective import Objective
+from raysearch.patches import PatchError, unified_diff
+from raysearch.proposers import inbox
+from raysearch.ratchet import Ratchet
+from raysearch.study import Study
+
+BAD_INPUT = 2
+BLOCKED = 1
+STOPPED = 130
+
+_STUDIES = click.option(
+    "--studies", type=click.Path(path_type=Path), default=Path("studies"), show_default=True, help="Folder of studies."
+)
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.version_option(__version__)
+@_STUDIES
+@click.option("--study", "name", default="default", show_default=True, help="Its name; one that is there is continued.")
+@click.option("--preset", help="Where to start: h100, rtx3060, cpu.  [default: by each slot's hardware]")
+@click.option("--dataset", help="climbmix, tinystories, files:DIR, python or sotu.  [default: by the preset]")
+@click.option(
+    "--train-file", type=click.Path(path_type=Path), help="A base program of your own.  [default: the bundled]"
+)
+@click.option("--objective", "objective_file", type=click.Path(path_type=Path), help="TOML file of another objective.")
+@click.option("--budget-s", type=float, help="Training seconds of a trial.  [default: by the preset]")
+@click.option("--budget-tokens", type=int, help="Tokens of a trial instead of seconds: deterministic, for CI.")
+@click.option("--trials", type=int, help="Stop after so many proposals were tried.  [default: no limit]")
+@click.option("--hours", type=float, help="Propose nothing new after so many hours.  [default: no limit]")
+@click.option("--searcher", help="Of ray.tune.search, for the tune proposer.  [default: optuna]")
+@click.option("--seed", type=int, help="Of the search.  [default: 0]")
+@click.option("--baseline-runs", type=int, help="Runs of each profile's first program, for its noise.  [default: 3]")
+@click.option("--address", help="Ray cluster to join, `auto` for this machine's.  [default: start Ray here]")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="Which slots.  [default: GPUs, else CPU]")
+@click.option("--cpu-slots", type=int, help="CPU slots a machine.  [default: one a core]")
+@click.option("--threads", type=int, help="CPU threads of a trial on a CPU slot.  [default: 1]")
+@click.pass_context
+def cli(context: click.Context, /, **options: Any) -> None:
+    """Search for a better train.py on every GPU that you own.
+
+    Without a command: start a study, or continue it. Ctrl-C once lets the runs in flight end, twice stops at once.
+    """
+    context.obj = options
+    if context.invoked_subcommand is None:
+        context.exit(search(options))
+
+
+@cli.command()
+@click.argument("study")
+@_STUDIES
+def report(study: str, studies: Path) -> None:
+    """Write results.tsv, report.md and progress.png of STUDY, and print the summary."""
+    from raysearch import report as reports  # noqa: PLC0415 - draws with matplotlib
+
+    place = folder.existing_folder(study, studies)
+    config, state, _ = _read(place)
+    written = reports.write_all(state, place.path, name=config.name, metric=config.objective.metric)
+    click.echo((place.path / "report.md").read_text())
+    click.echo(f"written: {', '.join(map(str, written))}", err=True)
+
+
+@cli.command()
+@click.argument("study")
+@_STUDIES
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status(study: str, studies: Path, as_json: bool) -> None:
+    """Print where STUDY stands, at any time."""
+    from raysearch import report as reports  # noqa: PLC0415
+
+    place = folder.existing_folder(study, studies)
+    config, state, driven = _read(place)
+    found = reports.status(state, name=config.name, metric=config.objective.metric, now=time.time(), running=driven)
+    click.echo(json.dumps(found, indent=2) if as_json else reports.status_text(found))
+
+
+@cli.command()
+@click.argument("patch", type=click.Path(path_type=Path, allow_dash=True), required=False)
+@click.option("--why", required=True, help="The hypothesis, in a sentence.")
+@click.option("--commit", help="A commit of the study's repository (or of a clone pushed to it) instead of a file.")
+@click.option("--study", "name", help="Name of the study.  [default: the only one, or the only one that runs]")
+@click.option("--profile", "profiles", multiple=True, help="Slug, may be repeated.  [default: all of the study]")
+@click.option("--by", default="human", show_default=True, help="Who proposes it.")
+@_STUDIES
+def propose(
+    *,
+    patch: Path | None,
+    why: str,
+    commit: str | None,
+    name: str | None,
+    profiles: Sequence[str],
+    by: str,
+    studies: Path,
+) -> None:
+    """Drop PATCH into a study: a unified diff, a whole edited train.py, or - for standard input."""
+    place = folder.existing_folder(name, studies) if name else folder.only_folder(studies)
+    config, state, driven = _read(place)
+    wanted = tuple(profiles) or tuple(state.lanes)
+    unknown = [slug for slug in wanted if slug not in state.lanes]
+    if unknown or not wanted:
+        known = ", ".join(state.lanes) or "none yet, since no slot has joined"
+        raise UserError(f"profile {unknown[0] if unknown else '?'!r} is not in study {place.name!r}; known: {known}")
+    repo, task = Ratchet.open(place.repo), config.to_objective()
+    for slug in wanted:
+        text = _patch_text(patch, commit, repo, task, state.lanes[slug].champion_commit)
+        _check_patch(text, repo, task, state.lanes[slug].champion_commit, slug)
+        target = inbox.drop(place.inbox, patch=text, why=why, by=by, profiles=[slug], at=time.time())
+        click.echo(str(target))
+    note = "the study takes it now" if driven else f"it is taken when the study runs: raysearch --study {place.name}"
+    click.echo(note, err=True)
+
+
+def _patch_text(patch: Path | None, commit: str | None, repo: Ratchet, task: Objective, champion: str) -> str:
+    if (patch is None) == (commit is None):
+        raise UserError("propose takes a patch file or --commit, one of the two; see `raysearch propose --help`")
+    if commit is not None:
+        resolved = repo.resolve(commit)
+        parents = repo.parents(resolved)
+        return repo.diff(parents[0] if parents else champion, resolved)
+    assert patch is not None
+    try:
+        text = sys.stdin.read() if str(patch) == "-" else patch.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{patch}: {error}; name a readable patch file") from None
+    if patch.suffix == ".py":
+        path = patch.name if patch.name in task.editable else task.editable[0]
+        return unified_diff(path, repo.read(champion, path), text)
+    return text
+
+
+def _check_patch(text: str, repo: Ratchet, task: Objective, champion: str, slug: str) -> None:
+    """Says at once what the study would refuse later."""
+    try:
+        commit = repo.commit_patch(champion, text, editable=task.editable, message="checked\n", at=0.0)
+    except PatchError as error:
+        raise UserError(f"it does not fit the champion of {slug}: {error}") from None
+    objective.check_program(repo.files(commit, task.editable), task)
+
+
+def _read(place: Folder) -> tuple[StudyConfig, Study, bool]:
+    config = folder.load_config(place.config)
+    journal = Journal(place.journal, writer=False)
+    try:
+        return config, folder.replay(config, journal), Journal.is_driven(place.journal)
+    finally:
+        journal.close()
+
+
+# ---- the search ----
+
+
+def search(options: Mapping[str, Any]) -> int:
+    """Starts or continues a study; returns the exit code."""
+    _check_limits(options)
+    place = folder.named_folder(options["name"], options["studies"])
+    config, is_new = folder.configure(place, _chosen(options))
+    folder.check_space(place)
+    if config.objective.kind == "trainer" and config.preset != "auto":
+        objective.named_preset(objective.load_presets(), config.preset)
+    _check_searcher(config)
+    if is_new:
+        files = _base_program(options, config)
+        config = _prepare_here(config, options["address"])
+        folder.make(place, config, files, at=time.time())
+    else:
+        config = _prepare_here(config, options["address"])
+    return _drive(place, config, options)
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options say about the study itself, as `study.toml` has it."""
+    table: dict[str, Any] = {}
+    if options["objective_file"]:
+        table |= _objective_table(options["objective_file"])
+    plain = {"preset": options["preset"], "dataset": options["dataset"]}
+    sections = {
+        "budget": {"seconds": options["budget_s"], "tokens": options["budget_tokens"]},
+        "search": {"searcher": options["searcher"], "seed": options["seed"]},
+        "judge": {"baseline_runs": options["baseline_runs"]},
+        "slots": {"device": options["device"], "cpu_slots": options["cpu_slots"], "threads": options["threads"]},
+    }
+    table |= {key: value for key, value in plain.items() if value is not None}
+    for section, values in sections.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            table[section] = {**table.get(section, {}), **given}
+    return table
+
+
+def _objective_table(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}; --objective takes a readable TOML file") from None
+    table.setdefault("objective", {}).setdefault("kind", "command")
+    return table
+
+
+def _check_limits(options: Mapping[str, Any]) -> None:
+    for name in ("trials", "hours"):
+        value = options[name]
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} {value}: it must be more than 0; leave it out for no limit")
+
+
+def _check_searcher(config: StudyConfig) -> None:
+    from raysearch.proposers.tune import check_searcher  # noqa: PLC0415
+
+    check_searcher(config.search.searcher)
+
+
+def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, str]:
+    """The files of the first commit, checked."""
+    task = config.to_objective()
+    if options["train_file"] and not task.has_presets:
+        raise UserError("--train-file is for the bundled trainer; an --objective names its own files")
+    if task.has_presets:
+        sources = {objective.TRAIN_FILE: options["train_file"] or objective.trainer_folder() / objective.TRAIN_FILE}
+    else:
+        home = options["objective_file"].parent
+        sources = {path: home / path for path in (*task.editable, *task.protected)}
+    files: dict[str, str] = {}
+    for path, source in sources.items():
+        try:
+            files[path] = source.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{source}: {error}; the base program needs this file") from None
+    objective.check_program({path: files[path] for path in task.editable}, task)
+    return files
+
+
+def _prepare_here(config: StudyConfig, address: str | None) -> StudyConfig:
+    """Makes the data before Ray starts, so that progress and errors are seen; slots of a cluster do it themselves."""
+    if config.objective.kind != "trainer" or address is not None:
+        return config
+    from raysearch.data import prepare  # noqa: PLC0415
+
+    presets = objective.load_presets()
+    found = [profile.cpu()] if config.slots.device == "cpu" else profile.detect()
+    names = {
+        config.preset
+        if config.preset != "auto"
+        else objective.choose_preset(presets, device=hardware.device, memory_mb=hardware.memory_mb).name
+        for hardware in found
+    }
+    datasets = dict(config.datasets)
+    for name in sorted(names):
+        data = prepare(presets[name], datasets.get(name) or config.dataset or None, show=True)
+        click.echo(f"data for preset {name}: {data.dataset}, {data.why}", err=True)
+        datasets[name] = data.dataset
+    return config.model_copy(update={"datasets": datasets})
+
+
+def _drive(place: Folder, config: StudyConfig, options: Mapping[str, Any]) -> int:
+    journal = Journal(place.journal, writer=True)
+    try:
+        study = folder.replay(config, journal, max_trials=options["trials"])
+        repo = Ratchet.open(place.repo)
+        folder.check_ratchets(study, repo, place)
+        return _coordinate(place, config, options, journal=journal, study=study, repo=repo)
+    finally:
+        journal.close()
+
+
+def _coordinate(
+    place: Folder, config: StudyConfig, options: Mapping[str, Any], *, journal: Journal, study: Study, repo: Ratchet
+) -> int:
+    # Ray and what draws cost a second: after everything that can be wrong with the input
+    from raysearch import report as reports  # noqa: PLC0415
+    from raysearch.console import Console  # noqa: PLC0415
+    from raysearch.coordinator import Coordinator, Session  # noqa: PLC0415
+    from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
+    from raysearch.proposers.tune import TuneProposer  # noqa: PLC0415
+
+    hours = options["hours"]
+    session = Session(place.token.read_text(), uuid.uuid4().hex, time.time() + hours * 3600 if hours else None)
+    task = config.to_objective()
+    plan = SlotPlan(
+        study=session.study,
+        session=session.id,
+        folder=str(place.path),
+        token=place.token.name,
+        preset=config.preset if task.has_presets else "",
+        dataset=config.dataset,
+        datasets=config.datasets,
+    )
+    slots = config.slots
+    console = Console(study, name=config.name, metric=task.metric)
+    executor = RayExecutor(
+        plan, address=options["address"], device=slots.device, cpu_slots=slots.cpu_slots, threads=slots.threads
+    )
+    coordinator = Coordinator(
+        folder=place,
+        config=config,
+        study=study,
+        journal=journal,
+        repo=repo,
+        executor=executor,
+        proposer=TuneProposer(
+            searcher=config.search.searcher, seed=config.search.seed, path=_tuned_file(task.editable)
+        ),
+        console=console,
+        session=session,
+    )
+    _on_signal(signal.SIGINT, coordinator.interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        _on_signal(number, coordinator.stop)
+    try:
+        reason = coordinator.run()
+    finally:
+        console.close()
+        executor.close()
+    click.echo(f"ended: {reason}", err=True)
+    written = reports.write_all(study, place.path, name=config.name, metric=task.metric)
+    found = reports.status(study, name=config.name, metric=task.metric, now=time.time(), running=False)
+    click.echo(reports.status_text(found))
+    click.echo(f"written: {', '.join(map(str, written))}", err=True)
+    if study.lanes and all(lane.blocked for lane in study.lanes.values()):
+        return BLOCKED
+    return STOPPED if reason.startswith("stopped at once") else 0
+
+
+def _on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
+    def handle(_number: int, _frame: object) -> None:
+        call()
+
+    signal.signal(number, handle)
+
+
+def _tuned_file(editable: Sequence[str]) -> str:
+    return next((path for path in editable if path.endswith(".py")), editable[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits with its code."""
+    try:
+        code = cli.main(args=arguments, prog_name="raysearch", standalone_mode=False)
+    except UserError as error:
+        sys.exit(_said(str(error)))
+    except click.ClickException as error:
+        sys.exit(_said(error.format_message()))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.exit(_said(f"{error.filename or 'the disk'}: no space is left; free some and start the study again"))
+    except click.Abort:
+        sys.exit(STOPPED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _said(message: str) -> int:
+    print(f"raysearch: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The coordinator with everything real but the machine: progress, faults, restarts, people."""
+
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+from toy import PROGRAM, SIGMA, Toy, audit, cpu, gpu, true_score
+
+from raysearch.journal import Journal
+from raysearch.knobs import Value, read_knobs
+from raysearch.model import Event, Measurement, Operator, Outcome, Record, Verdict
+from raysearch.patches import unified_diff
+from raysearch.proposers import Idea, Request, Told, inbox
+from raysearch.runner import RunResult, RunSpec
+from raysearch.study import Study
+
+
+def champion_score(toy: Toy, slug: str = "cpu") -> float:
+    source = toy.repo().read(toy.study.lanes[slug].champion_commit, "train.py")
+    return true_score({name: knob.value for name, knob in read_knobs(source).items()})
+
+
+START = true_score({name: knob.value for name, knob in read_knobs(PROGRAM).items()})
+
+
+def test_a_study_ends_with_a_program_that_is_really_better(tmp_path: Path):
+    toy = Toy(tmp_path / "s")
+    assert toy.drive(trials=40) == "all 40 trials are done"
+    assert champion_score(toy) < START - 0.3
+    assert toy.study.lanes["cpu"].wins
+    assert toy.study.screens == 40
+    audit(toy)
+
+
+def test_first_parent_history_reads_as_the_list_of_wins(tmp_path: Path):
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=15)
+    log = ["git", "-C", str(toy.folder.repo), "log", "--first-parent", "--format=%H%x00%B%x01", "ratchet/cpu"]
+    entries = subprocess.run(log, capture_output=True, text=True, check=True).stdout.strip("\x01\n").split("\x01\n")
+    wins = [entry.split("\0") for entry in entries if "Delta:" in entry]
+    assert [sha for sha, _ in wins] == [win.commit for win in reversed(toy.study.lanes["cpu"].wins)]
+    for _, message in wins:
+        parse = ["git", "interpret-trailers", "--parse"]
+        trailers = subprocess.run(parse, input=message, capture_output=True, text=True, check=True).stdout
+        keys = [line.split(":")[0] for line in trailers.splitlines()]
+        assert keys == ["Trial", "Profile", "Score", "Delta", "Proposer", "Cost-Usd"]
+
+
+class Killed(BaseException):
+    """SIGKILL, as far as one process can do it to itself."""
+
+
+def killing_journal(after: int, *, written: bool) -> type[Journal]:
+    class KillingJournal(Journal):
+        count = 0
+
+        def append(self, event: Event, *, seq: int, at: float) -> Record:
+            self.count += 1
+            if self.count <= after:
+                return super().append(event, seq=seq, at=at)
+            if written:
+                super().append(event, seq=seq, at=at)
+            raise Killed
+
+    return KillingJournal
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before the write", "after the write"])
+def test_killed_at_any_event_nothing_finished_is_lost_and_nothing_counts_twice(tmp_path: Path, written: bool):
+    toy = Toy(tmp_path / "s")
+    finished: set[str] = set()
+    kills = 0
+    while True:
+        try:
+            toy.drive(trials=8, journal_type=killing_journal(3 + kills % 7, written=written))
+            break
+        except Killed:
+            kills += 1
+        replayed = toy.replayed()
+        now_finished = {name for name, state in replayed.trials.items() if state.outcome}
+        assert finished <= now_finished
+        finished = now_finished
+    assert kills > 10
+    assert sum(len(values) for values in toy.study.lanes["cpu"].fresh.values()) == len(
+        [s for s in toy.study.trials.values() if s.outcome is Outcome.MEASURED and s.trial.purpose.value != "screen"]
+    )
+    audit(toy)
+
+
+def test_two_profiles_in_one_study_never_share_a_champion(tmp_path: Path):
+    cards = (gpu("NVIDIA H100 80GB HBM3", 81559), gpu("NVIDIA GeForce RTX 3060", 12288))
+    toy = Toy(tmp_path / "s", hardware=cards)
+    toy.drive(trials=24)
+    assert set(toy.study.lanes) == {"h100-80gb", "rtx3060-12gb"}
+    for slug, lane in toy.study.lanes.items():
+        for win in lane.wins:
+            assert toy.study.candidates[win.candidate].candidate.profile == slug
+    audit(toy)
+
+
+def test_a_change_of_the_budget_starts_another_ratchet(tmp_path: Path):
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=6)
+    toy.options = {"budget": {"seconds": 99.0}}
+    toy.drive(trials=12)
+    assert len(toy.study.lanes) == 2
+    audit(toy)
+
+
+def test_out_of_memory_is_a_constraint_and_not_a_score(tmp_path: Path):
+    def small_card(spec: RunSpec, values: dict[str, Value]) -> RunResult | None:
+        if int(values["WIDTH"]) * int(values["DEPTH"]) > 400:
+            return RunResult(Outcome.OUT_OF_MEMORY, "out of memory")
+        return None
+
+    toy = Toy(tmp_path / "s", behaviour=small_card)
+    toy.drive(trials=60)
+    screens = [s for s in toy.study.trials.values() if s.trial.purpose.value == "screen"]
+    failed = [state.outcome is Outcome.OUT_OF_MEMORY for state in screens]
+    assert sum(failed[30:]) <= sum(failed[:30])
+    assert sum(failed) < 15
+    assert champion_score(toy) < START
+    audit(toy)
+
+
+def test_no_program_is_run_twice_on_a_profile_but_for_replicates(tmp_path: Path):
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=40)
+    prints = [state.candidate.fingerprint for state in toy.study.candidates.values()]
+    assert len(prints) == len(set(prints))
+
+
+def test_a_lost_slot_requeues_its_trial_without_a_new_one(tmp_path: Path):
+    lost: list[str] = []
+
+    def lose_one(toy: Toy) -> None:
+        running = toy.executor.slots.get("slot1")
+        if not lost and running and running.running and "screen" in running.running.trial_id:
+            lost.append(running.running.trial_id)
+            toy.executor.lose("slot1")
+
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=6, meanwhile=lose_one)
+    state = toy.study.trials[lost[0]]
+    assert state.attempt == 2
+    assert state.outcome is Outcome.MEASURED
+    audit(toy)
+
+
+def test_draining_lets_the_runs_in_flight_end_and_starts_nothing(tmp_path: Path):
+    started: list[int] = []
+
+    def interrupt(toy: Toy) -> None:
+        if len(toy.executor.started) == 6 and not started:
+            started.append(len(toy.executor.started))
+            toy.coordinator.interrupt()
+
+    toy = Toy(tmp_path / "s")
+    assert toy.drive(trials=20, meanwhile=interrupt).startswith("stopped: the runs in flight")
+    assert len(toy.executor.started) == 6
+    assert not toy.study.running
+    toy.drive(trials=20)
+    assert toy.study.screens == 20
+    audit(toy)
+
+
+def test_a_second_interrupt_stops_at_once_and_the_runs_are_run_again(tmp_path: Path):
+    def interrupt(toy: Toy) -> None:
+        if len(toy.executor.started) == 6:
+            toy.coordinator.interrupt()
+            toy.coordinator.interrupt()
+
+    toy = Toy(tmp_path / "s")
+    assert toy.drive(trials=20, meanwhile=interrupt).startswith("stopped at once")
+    in_flight = {spec.trial_id for spec in toy.executor.started} - {
+        name for name, state in toy.replayed().trials.items() if state.outcome
+    }
+    assert in_flight
+    toy.drive(trials=20)
+    assert all(toy.study.trials[name].attempt == 2 for name in in_flight)
+    audit(toy)
+
+
+def test_a_baseline_that_crashes_ends_the_study_and_says_why(tmp_path: Path):
+    toy = Toy(tmp_path / "s", behaviour=lambda *_: RunResult(Outcome.CRASHED, "ImportError: no torch"))
+    reason = toy.drive()
+    assert "cpu is blocked" in reason
+    assert "ImportError: no torch" in reason
+
+
+PATCH = unified_diff("train.py", PROGRAM, PROGRAM.replace('MODE = "slow"', 'MODE = "fast"'))
+
+
+def test_a_patch_from_the_inbox_is_run_and_wins(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Silent())
+
+    def drop(toy: Toy) -> None:
+        if len(toy.executor.started) == 1 and not toy.folder.inbox.exists():
+            inbox.drop(toy.folder.inbox, patch=PATCH, why="fast is better", by="ada", profiles=["cpu"], at=toy.clock())
+
+    toy.drive(trials=None, meanwhile=drop)
+    (win,) = toy.study.lanes["cpu"].wins
+    proposal = toy.study.candidates[win.candidate].candidate.proposal
+    assert (proposal.proposer, proposal.hypothesis) == ("ada", "fast is better")
+    assert not list(toy.folder.inbox.glob("*.json"))
+    audit(toy)
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (PATCH.replace("slow", "slaw"), "does not apply"),
+        (unified_diff("prepare.py", None, "cheat = 1\n"), "prepare.py"),
+        (unified_diff("train.py", PROGRAM, PROGRAM.replace("return None", "return (")), "was never closed"),
+        (unified_diff("train.py", PROGRAM, PROGRAM.replace("def train", "# a comment\ndef train")), "same program as"),
+        (unified_diff("train.py", PROGRAM, PROGRAM.replace("DEPTH = 6", "DEPTH = 60")), "not in its own range"),
+    ],
+)
+def test_a_patch_that_cannot_be_a_candidate_is_refused_with_its_reason(tmp_path: Path, patch: str, reason: str):
+    toy = Toy(tmp_path / "s", proposer=Silent())
+
+    def drop(toy: Toy) -> None:
+        if toy.study.lanes and not toy.folder.inbox.exists():
+            inbox.drop(toy.folder.inbox, patch=patch, why="?", by="eve", profiles=["cpu"], at=toy.clock())
+
+    toy.drive(trials=None, meanwhile=drop)
+    ((_, said),) = toy.study.refused
+    assert reason in said
+    audit(toy)
+
+
+class Silent:
+    """A proposer without ideas."""
+
+    name = "silent"
+
+    def ask(self, request: Request) -> list[Idea]:
+        return []
+
+    def tell(self, told: Told) -> None:
+        pass
+
+
+def test_a_search_without_ideas_ends(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Silent())
+    assert toy.drive() == "no proposer has anything new to try"
+
+
+class Failing(Silent):
+    """A proposer that breaks every other time."""
+
+    calls = 0
+
+    def ask(self, request: Request) -> list[Idea]:
+        self.calls += 1
+        if self.calls % 2:
+            raise RuntimeError("no connection")
+        program = request.files["train.py"].replace("DEPTH = 6", f"DEPTH = {self.calls // 2}")
+        return [Idea(unified_diff("train.py", request.files["train.py"], program), Operator.DRAFT, "depth", "failing")]
+
+
+def test_a_failing_proposer_does_not_stop_the_study(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Failing())
+    toy.drive(trials=3)
+    assert toy.study.screens >= 3
+
+
+def test_wins_on_an_old_champion_are_carried_onto_the_new_one_and_measured_there(tmp_path: Path):
+    toy = Toy(tmp_path / "s", hardware=tuple(cpu() for _ in range(8)))
+    toy.drive(trials=60)
+    carried = [state for state in toy.study.candidates.values() if state.candidate.proposal.carries]
+    assert carried
+    assert any(state.candidate.proposal.operator is Operator.COMBINE for state in carried)
+    lost = [
+        state
+        for state in toy.study.candidates.values()
+        if state.verdict is Verdict.KEEP and not state.ratchet_commit and not state.carried_by
+    ]
+    assert not lost
+    audit(toy)
+
+
+def test_false_keeps_are_rare(tmp_path: Path):
+    """Nothing that a proposal changes matters here: whatever is kept is luck."""
+
+    def luck(spec: RunSpec, values: dict[str, Value]) -> RunResult | None:
+        value = 1.0 + random.Random(spec.trial_id).gauss(0, SIGMA)
+        return RunResult(Outcome.MEASURED, "", Measurement(value, wall_s=20.0))
+
+    toy = Toy(tmp_path / "s", behaviour=luck)
+    toy.drive(trials=60)
+    assert len(toy.study.lanes["cpu"].wins) <= 3
+
+
+def test_replay_gives_the_same_state(tmp_path: Path):
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=12)
+    live, replayed = toy.study, toy.replayed()
+    for name in ("lanes", "candidates", "trials", "refused", "screens", "proposals"):
+        assert getattr(live, name) == getattr(replayed, name), name
+    assert isinstance(replayed, Study)
