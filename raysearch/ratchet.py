@@ -29,7 +29,7 @@ from raysearch.patches import (
 )
 from raysearch.wording import clean
 
-__all__ = ["Conflict", "Empty", "Moved", "PatchError", "Ratchet", "step_message", "unified_diff"]
+__all__ = ["Conflict", "Empty", "GitError", "Moved", "PatchError", "Ratchet", "step_message", "unified_diff"]
 
 MAIN = "refs/heads/main"
 SUBJECT_CHARS = 72
@@ -38,6 +38,12 @@ STALE_LOCK_S = 60  # git holds the lock of a branch for milliseconds
 _NOWHERE = "0" * 40
 _SHA = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.|lock(?:$|\.)|$))*")
+# At a line's end, where git puts the system's reason and never a path: a patch must not be able to write this.
+_DISK = re.compile(
+    r"^(?:error|fatal): .*: (?:No space left on device|Disk quota exceeded|Input/output error|Read-only file system"
+    r"|Permission denied|Too many open files|Cannot allocate memory)$",
+    re.MULTILINE,
+)
 _MARKER_SIZE = 40  # longer than any line of = or < that a program is likely to have
 _IDENTITY = ("raysearch", "raysearch@localhost")
 # In place of what `git init` wrote. Clones of the user do not inherit it, which is right.
@@ -57,6 +63,10 @@ _CONFIG = f"""\
 [gc]
 \tauto = 0
 """
+
+
+class GitError(UserError):
+    """Git failed for the disk's or the repository's sake: nothing that a proposal could be blamed for."""
 
 
 class Moved(Exception):
@@ -333,7 +343,7 @@ class Ratchet:
         if (self._ref(ref) or _NOWHERE) != old:
             return False
         remedy = f"if no git is at work there, delete {lock}" if lock.exists() else "see to the disk and the repository"
-        raise UserError(f"{ref} in {self.path} could not be moved: {_first_line(error)}; {remedy}")
+        raise GitError(f"{ref} in {self.path} could not be moved: {_first_line(error)}; {remedy}")
 
     # ---- reading ----
 
@@ -546,7 +556,7 @@ class _Git:
         """Runs git without a shell: its exit status, output and messages.
 
         Raises:
-            UserError: `check` is set and git failed.
+            GitError: `check` is set and git failed, or the disk did.
         """
         with tempfile.TemporaryFile() as stream:
             stream.write(stdin)
@@ -560,8 +570,8 @@ class _Git:
                 strip_newline_in_stdout=False,
                 env=env,
             )
-        if check and status:
-            raise UserError(
+        if status and (check or _DISK.search(error)):
+            raise GitError(
                 f"git {arguments[0]} in {self._path} failed: {_first_line(error)}; see to the disk and the repository"
             )
         return status, out, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from raysearch.errors import UserError
 from raysearch.knobs import Value, read_knobs, rewrite
-from raysearch.ratchet import Conflict, Empty, Moved, PatchError, Ratchet, step_message, unified_diff
+from raysearch.ratchet import Conflict, Empty, GitError, Moved, PatchError, Ratchet, step_message, unified_diff
 
 BASE = '''"""A program."""
 
@@ -444,7 +445,8 @@ def test_a_step_has_the_candidates_tree_and_both_parents(ratchet: Ratchet):
     ratchet.start("cpu", base)
     made = step(ratchet, base, candidate)
     assert ratchet.head("cpu") == made
-    assert git(ratchet.path, "rev-parse", f"{made}^@").split() == [base, candidate]
+    assert ratchet.parents(made) == [base, candidate]
+    assert ratchet.parents(base) == []
     assert ratchet.diff(made, candidate) == ""
     assert git(ratchet.path, "log", "--first-parent", "--format=%s", "ratchet/cpu") == "a win\nbase\n"
     assert ratchet.head("gpu") is None
@@ -525,12 +527,35 @@ def test_a_lock_that_a_killed_git_left_is_removed_and_a_fresh_one_named(ratchet:
     ratchet.start("cpu", base)
     lock = ratchet.path / "refs/heads/ratchet/cpu.lock"
     lock.write_text("")
-    with pytest.raises(UserError, match=f"delete {re.escape(str(lock))}"):
+    with pytest.raises(GitError, match=f"delete {re.escape(str(lock))}"):
         step(ratchet, base, candidate)
     assert ratchet.head("cpu") == base
     os.utime(lock, (time.time() - 3600, time.time() - 3600))
     assert step(ratchet, base, candidate) == ratchet.head("cpu")
     assert not lock.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_disk_that_cannot_be_written_is_not_held_against_the_patch(ratchet: Ratchet):
+    objects = ratchet.path / "objects"
+    objects.chmod(0o500)
+    try:
+        with pytest.raises(GitError, match="see to the disk and the repository"):
+            apply(ratchet, unified_diff("train.py", BASE, "unseen = 1\n"))
+    finally:
+        objects.chmod(0o700)
+
+
+def test_a_broken_repository_is_not_held_against_the_patch(ratchet: Ratchet):
+    base = ratchet.resolve("main")
+    shutil.rmtree(ratchet.path / "objects")
+    for act in (
+        lambda: apply(ratchet, unified_diff("train.py", BASE, ""), base),
+        lambda: ratchet.read(base, "train.py"),
+    ):
+        with pytest.raises(UserError) as error:
+            act()
+        assert "\n" not in str(error.value)
 
 
 # ---- reading ----
