@@ -51,7 +51,7 @@ class Settings:
         baseline_runs: Runs of each profile's first program, for its noise; at least 2.
         rules: Of the judge.
         max_losses: A trial that the infrastructure lost this often is given up.
-        max_trials: Screening runs over the whole study after which no new proposal is asked for; None for no limit.
+        max_trials: Screening runs of each profile after which no new proposal is asked for; None for no limit.
     """
 
     direction: Direction = Direction.MINIMIZE
@@ -177,6 +177,7 @@ class Lane:
         champion_commit: That commit.
         open: Candidates that still need something, oldest first.
         fresh: Values of runs that were not selected for being good (baselines, pairs), by candidate.
+        screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         blocked: Why nothing can be run here, if so.
     """
 
@@ -188,6 +189,7 @@ class Lane:
     open: dict[str, None] = field(default_factory=dict[str, None])
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     fresh: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    screens: int = 0
     blocked: str = ""
 
     def noise(self) -> judge.Noise | None:
@@ -211,7 +213,6 @@ class Study:
         self.waiting: dict[str, Proposal] = {}  # proposed, not yet a commit
         self.refused: list[tuple[Proposal, str]] = []
         self.proposals = 0
-        self.screens = 0  # started or in line, carried changes not counted
         self.proposed_at: dict[str, float] = {}
         self._by_commit: dict[str, str] = {}
 
@@ -273,12 +274,12 @@ class Study:
         self._by_commit[f"{slug}:{event.commit}"] = candidate.id
 
     def _propose(self, proposal: Proposal, at: float) -> None:
-        self.lane(proposal.profile)
+        lane = self.lane(proposal.profile)
         self.proposals += 1
         self.waiting[proposal.id] = proposal
         self.proposed_at[proposal.id] = at
         if proposal.carries is None:
-            self.screens += 1
+            lane.screens += 1
         else:
             carried = self.candidate(proposal.carries)
             carried.carried_by = proposal.id
@@ -288,7 +289,7 @@ class Study:
         proposal = self._take_waiting(event.proposal_id)
         self.refused.append((proposal, event.reason))
         if proposal.carries is None:
-            self.screens -= 1
+            self.lane(proposal.profile).screens -= 1
 
     def _materialise(self, event: Materialised, at: float) -> None:
         proposal = self._take_waiting(event.proposal_id)
@@ -410,7 +411,7 @@ class Study:
 
         Args:
             slots: All slots that are there, busy ones included.
-            asking: Proposals that were asked for and have not come, by profile.
+            asking: Proposals that were asked for and have not come, by profile; such a profile is not asked for again.
             accepting: False when no further proposal is wanted (a time limit has passed).
             draining: Start nothing; finish when the runs in flight have.
 
@@ -583,17 +584,13 @@ class Study:
     ) -> list[Command]:
         """Enough proposals for the free slots and one more, so that a slot that gets free finds its next trial."""
         commands: list[Command] = []
-        left = None
-        if self.settings.max_trials is not None:
-            left = self.settings.max_trials - self.screens - sum(asking.values())
         for slug, lane in self.lanes.items():
-            if lane.blocked or not any(slot.profile == slug for slot in slots):
+            if lane.blocked or asking.get(slug) or not any(slot.profile == slug for slot in slots):
                 continue
             idle = sum(slot.profile == slug for slot in free) + 1
-            count = idle - len(queued[slug]) - asking.get(slug, 0)
-            if left is not None:
-                count = min(count, left)
-                left -= max(0, count)
+            count = idle - len(queued[slug])
+            if self.settings.max_trials is not None:
+                count = min(count, self.settings.max_trials - lane.screens)
             if count > 0:
                 commands.append(Ask(slug, count))
         return commands
@@ -604,8 +601,13 @@ class Study:
             return [Finish("; ".join(f"{slug} is blocked, {why}" for slug, why in blocked.items()))]
         if not accepting:
             return [Finish("the time limit has passed")]
-        if self.settings.max_trials is not None and self.screens >= self.settings.max_trials:
-            return [Finish(f"all {self.settings.max_trials} trials are done")]
+        limit = self.settings.max_trials
+        if (
+            limit is not None
+            and self.lanes
+            and all(lane.screens >= limit or lane.blocked for lane in self.lanes.values())
+        ):
+            return [Finish(f"all {limit} trials are done")]
         return []
 
 

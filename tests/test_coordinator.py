@@ -29,7 +29,7 @@ def test_a_study_ends_with_a_program_that_is_really_better(tmp_path: Path):
     assert toy.drive(trials=40) == "all 40 trials are done"
     assert champion_score(toy) < START - 0.3
     assert toy.study.lanes["cpu"].wins
-    assert toy.study.screens == 40
+    assert toy.study.lanes["cpu"].screens == 40
     audit(toy)
 
 
@@ -161,7 +161,7 @@ def test_draining_lets_the_runs_in_flight_end_and_starts_nothing(tmp_path: Path)
     assert len(toy.executor.started) == 6
     assert not toy.study.running
     toy.drive(trials=20)
-    assert toy.study.screens == 20
+    assert toy.study.lanes["cpu"].screens == 20
     audit(toy)
 
 
@@ -196,7 +196,7 @@ def test_a_patch_from_the_inbox_is_run_and_wins(tmp_path: Path):
     toy = Toy(tmp_path / "s", proposer=Silent())
 
     def drop(toy: Toy) -> None:
-        if len(toy.executor.started) == 1 and not toy.folder.inbox.exists():
+        if toy.study.lanes and not toy.folder.inbox.exists():
             inbox.drop(toy.folder.inbox, patch=PATCH, why="fast is better", by="ada", profiles=["cpu"], at=toy.clock())
 
     toy.drive(trials=None, meanwhile=drop)
@@ -210,7 +210,7 @@ def test_a_patch_from_the_inbox_is_run_and_wins(tmp_path: Path):
 @pytest.mark.parametrize(
     ("patch", "reason"),
     [
-        (PATCH.replace("slow", "slaw"), "does not apply"),
+        (PATCH.replace("slow", "slaw"), "does not fit commit"),
         (unified_diff("prepare.py", None, "cheat = 1\n"), "prepare.py"),
         (unified_diff("train.py", PROGRAM, PROGRAM.replace("return None", "return (")), "was never closed"),
         (unified_diff("train.py", PROGRAM, PROGRAM.replace("def train", "# a comment\ndef train")), "same program as"),
@@ -263,7 +263,7 @@ class Failing(Silent):
 def test_a_failing_proposer_does_not_stop_the_study(tmp_path: Path):
     toy = Toy(tmp_path / "s", proposer=Failing())
     toy.drive(trials=3)
-    assert toy.study.screens >= 3
+    assert toy.study.lanes["cpu"].screens >= 3
 
 
 def test_wins_on_an_old_champion_are_carried_onto_the_new_one_and_measured_there(tmp_path: Path):
@@ -297,6 +297,6 @@ def test_replay_gives_the_same_state(tmp_path: Path):
     toy = Toy(tmp_path / "s")
     toy.drive(trials=12)
     live, replayed = toy.study, toy.replayed()
-    for name in ("lanes", "candidates", "trials", "refused", "screens", "proposals"):
+    for name in ("lanes", "candidates", "trials", "refused", "proposals"):
         assert getattr(live, name) == getattr(replayed, name), name
     assert isinstance(replayed, Study)

@@ -21,8 +21,8 @@ from typing import Any
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, format_value, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator
-from raysearch.proposers import Idea, Request, Told
 from raysearch.patches import unified_diff
+from raysearch.proposers import Idea, Request, Told
 
 METRIC = "score"
 REACH = 0.35  # of a knob's range (log range where it is one): the longest move in one proposal
