@@ -49,7 +49,7 @@ from raysearch.objective import Budget
 from raysearch.patches import Conflict, Empty, PatchError
 from raysearch.profile import base_slug, same_profile, with_slug
 from raysearch.proposers import Idea, Proposer, Request, Told, inbox
-from raysearch.ratchet import Moved, Ratchet, step_message
+from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec
 from raysearch.schedule import Slot
 from raysearch.study import (
@@ -190,8 +190,9 @@ class Coordinator:
         return commands
 
     def _out_of_ideas(self) -> bool:
-        lanes = [lane for lane in self._study.lanes.values() if not lane.blocked]
-        idle = not self._study.running and not any(self._study.queued().values())
+        served = {self._profile_of[slot_id] for slot_id in self._slots}
+        lanes = [lane for slug, lane in self._study.lanes.items() if slug in served and not lane.blocked]
+        idle = not self._study.running and not any(self._study.queued()[lane.profile.slug] for lane in lanes)
         return (
             bool(lanes) and idle and min(self._asker.fruitless(lane.profile.slug) for lane in lanes) >= NO_IDEAS_AFTER
         )
@@ -257,6 +258,8 @@ class Coordinator:
             )
             files = self._repo.files(commit, editable)
             objective.check_program(files, self._objective)
+        except GitError:
+            raise  # the repository, not the patch
         except (PatchError, UserError) as error:
             self._record(Refused(proposal.id, str(error)))
             return

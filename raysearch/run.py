@@ -179,15 +179,15 @@ def search(options: Mapping[str, Any]) -> int:
     place = folder.named_folder(options["name"], options["studies"])
     config, is_new = folder.configure(place, _chosen(options))
     folder.check_space(place)
-    if config.objective.kind == "trainer" and config.preset != "auto":
+    task = config.to_objective()
+    if task.has_presets and config.preset != "auto":
         objective.named_preset(objective.load_presets(), config.preset)
     _check_searcher(config)
-    if is_new:
-        files = _base_program(options, config)
-        config = _prepare_here(config, options["address"])
+    files = _base_program(options, config) if is_new else None
+    if task.has_presets and options["address"] is None:
+        config = _prepare_here(config, files)
+    if files is not None:
         folder.make(place, config, files, at=time.time())
-    else:
-        config = _prepare_here(config, options["address"])
     return _drive(place, config, options)
 
 
@@ -253,10 +253,8 @@ def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, 
     return files
 
 
-def _prepare_here(config: StudyConfig, address: str | None) -> StudyConfig:
+def _prepare_here(config: StudyConfig, files: Mapping[str, str] | None) -> StudyConfig:
     """Makes the data before Ray starts, so that progress and errors are seen; slots of a cluster do it themselves."""
-    if config.objective.kind != "trainer" or address is not None:
-        return config
     from raysearch.data import prepare  # noqa: PLC0415
 
     presets = objective.load_presets()
@@ -269,6 +267,8 @@ def _prepare_here(config: StudyConfig, address: str | None) -> StudyConfig:
     }
     datasets = dict(config.datasets)
     for name in sorted(names):
+        if files:
+            objective.base_program(files[objective.TRAIN_FILE], presets[name])  # says now what it would say then
         data = prepare(presets[name], datasets.get(name) or config.dataset or None, show=True)
         click.echo(f"data for preset {name}: {data.dataset}, {data.why}", err=True)
         datasets[name] = data.dataset

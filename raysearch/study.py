@@ -433,8 +433,10 @@ class Study:
             commands.append(StartTrial(trial, previous.attempt + 1 if previous else 1, slot.id))
         if accepting:
             commands += self._asks(slots, free, queued, asking)
-        if not commands and not self.running and not any(queued.values()) and not any(asking.values()):
-            commands += self._ending(accepting)
+        served = [self.lanes[slug] for slug in dict.fromkeys(slot.profile for slot in slots)]
+        waiting = any(queued[lane.profile.slug] or asking.get(lane.profile.slug) for lane in served)
+        if not commands and not self.running and served and not waiting:
+            commands += self._ending(served, accepting)
         return commands
 
     def _decisions(self) -> list[Command]:
@@ -595,18 +597,14 @@ class Study:
                 commands.append(Ask(slug, count))
         return commands
 
-    def _ending(self, accepting: bool) -> list[Command]:
-        blocked = {slug: lane.blocked for slug, lane in self.lanes.items() if lane.blocked}
-        if self.lanes and len(blocked) == len(self.lanes):
-            return [Finish("; ".join(f"{slug} is blocked, {why}" for slug, why in blocked.items()))]
+    def _ending(self, served: Sequence[Lane], accepting: bool) -> list[Command]:
+        """Whether the search is over, as far as the profiles that have slots go."""
+        if all(lane.blocked for lane in served):
+            return [Finish("; ".join(f"{lane.profile.slug} is blocked, {lane.blocked}" for lane in served))]
         if not accepting:
             return [Finish("the time limit has passed")]
         limit = self.settings.max_trials
-        if (
-            limit is not None
-            and self.lanes
-            and all(lane.screens >= limit or lane.blocked for lane in self.lanes.values())
-        ):
+        if limit is not None and all(lane.screens >= limit or lane.blocked for lane in served):
             return [Finish(f"all {limit} trials are done")]
         return []
 

@@ -102,5 +102,8 @@ def test_a_gain_of_ten_sigma_is_nearly_always_kept():
         noise = pooled_noise([base])
         assert noise is not None
         promising = screen(draw.gauss(0.8, 0.02), base, noise, MIN, RULES).verdict is Verdict.RETEST
-        kept += promising and race([(draw.gauss(0.8, 0.02), draw.gauss(1.0, 0.02))], noise, MIN, RULES).verdict is Verdict.KEEP
+        kept += (
+            promising
+            and race([(draw.gauss(0.8, 0.02), draw.gauss(1.0, 0.02))], noise, MIN, RULES).verdict is Verdict.KEEP
+        )
     assert kept > 850
