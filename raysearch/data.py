@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from raysearch.errors import UserError
 from raysearch.objective import Preset
 
-PREPARE_LIMIT_S = 24 * 3600  # a slow line may take hours for the first shards
-
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -43,19 +41,24 @@ def prepare(preset: Preset, dataset: str | None, *, show: bool = False) -> Prepa
     command = [sys.executable, "-m", "trainer.prepare", "--preset", preset.name]
     if dataset:
         command += ["--dataset", dataset]
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=None if show else subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=PREPARE_LIMIT_S,
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    if done.returncode != 0:
-        said = (done.stderr or "").strip().splitlines()
-        raise UserError(said[-1] if said else f"the data of preset {preset.name!r} could not be prepared; see above")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        last = ""
+        for line in process.stderr:  # the last line is held back: when the preparation fails, it is the error
+            if show and last:
+                sys.stderr.write(last)
+            last = line
+        output = process.stdout.read()
+    if process.returncode != 0:
+        said = last.strip().removeprefix("error: ")
+        raise UserError(said or f"the data of preset {preset.name!r} could not be prepared: exit {process.returncode}")
+    if show and last:
+        sys.stderr.write(last)
+    found = json.loads(output.strip().splitlines()[-1])
     return PreparedData(
         folder=found["data"],
         dataset=found["dataset"],

@@ -249,7 +249,11 @@ def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, 
             files[path] = source.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: {error}; the base program needs this file") from None
-    objective.check_program({path: files[path] for path in task.editable}, task)
+    try:
+        objective.check_program({path: files[path] for path in task.editable}, task)
+    except UserError as error:
+        path = str(error).split(":", 1)[0]  # the user knows the file by where it lies
+        raise UserError(str(error).replace(path, str(sources.get(path, path)), 1)) from None
     return files
 
 
