@@ -62,7 +62,7 @@ class JudgeSection(_Section):
     """When a difference is believed; see `judge.Rules`."""
 
     baseline_runs: int = Field(default=3, ge=2)
-    screen_probability: float = Field(default=0.8, ge=0.5, lt=1)
+    screen_probability: float = Field(default=0.9, ge=0.5, lt=1)
     keep_probability: float = Field(default=0.95, ge=0.5, lt=1)
     drop_probability: float = Field(default=0.25, ge=0, le=0.5)
     max_pairs: int = Field(default=1, ge=1)

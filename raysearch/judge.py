@@ -36,7 +36,7 @@ class Rules:
         max_pairs: After that many pairs an undecided candidate loses.
     """
 
-    screen_probability: float = 0.8
+    screen_probability: float = 0.9
     keep_probability: float = 0.95
     drop_probability: float = 0.25
     max_pairs: int = 1
