@@ -15,7 +15,9 @@ import os
 import sys
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Reads the command line; a mistake in it is one line on stderr and exit code 2."""
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str):
             raise SystemExit(_fail(f"{message}; see python -m trainer.harness --help"))
@@ -66,7 +68,7 @@ def _keep_freed_memory() -> None:
 
 _ARGUMENTS = None
 if __name__ == "__main__":
-    _ARGUMENTS = _parse(sys.argv[1:])  # before torch: a typing error should not cost two seconds
+    _ARGUMENTS = parse(sys.argv[1:])  # before torch: a typing error should not cost two seconds
     if _ARGUMENTS.threads:
         # OpenMP reads these once, when torch is loaded; threads that spin while they wait steal from the other slots
         os.environ.update({name: str(_ARGUMENTS.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
@@ -77,7 +79,7 @@ if __name__ == "__main__":
 
 import gc
 import hashlib
-import importlib.util
+import importlib.machinery
 import json
 import math
 import random
@@ -85,6 +87,7 @@ import re
 import shlex
 import signal
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +125,7 @@ FIRST_STEP_TOLERANCE = 1.01  # first step's tokens over the later steps' average
 OVERTIME_SHARE, OVERTIME_S = 0.25, 2.0  # what may pass after the budget's end: half of a long step, a stall
 CPU_MICRO_BATCH_TOKENS = 4096
 CPU_EVAL_TOKENS = 4096
+CPU_CHECKED_ROWS = 8  # of the evaluation's rows; on CUDA a whole batch, so that nothing is compiled anew
 CUDA_EVAL_TOKENS_PER_GB = 1024  # of the card's whole memory, so that every candidate is scored in the same batches
 LEAK_AT_A_POSITION, LEAK_ON_AVERAGE = 0.05, 0.01  # of the logits' size; bfloat16 rounding stays below 0.01 and 0.004
 
@@ -219,7 +223,7 @@ class TokenStream:
     def pairs(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens start … start + count - 1 of the stream and their successors, int64 (count,) each."""
         first, last = start // self._row_tokens, (start + count - 1) // self._row_tokens
-        packed = np.concatenate([self._rows[self._row_numbers(first, last + 1)]]).astype(np.int64)
+        packed = self._rows[self._row_numbers(first, last + 1)].astype(np.int64)
         begin = start - first * self._row_tokens
         return (
             packed[:, :-1].reshape(-1)[begin : begin + count],
@@ -415,9 +419,16 @@ class Run:
         value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        if not record.steps:
+            # Python's collector stalls a step for up to half a second when a large program has just been compiled
+            gc.collect()
+            gc.freeze()
+            gc.disable()
         now = _clock()
         if self.done:
-            raise self._violated(ContractError("run.step after run.done: the budget is spent; train while not run.done"))
+            raise self._violated(
+                ContractError("run.step after run.done: the budget is spent; train while not run.done")
+            )
         if record.tokens == record.tokens_at_steps:
             raise self._violated(
                 ContractError("run.step without a run.batch since the last step; a step trains on data")
@@ -442,11 +453,6 @@ class Run:
             progress=self.progress,
             note=f"{record.tokens_per_s:,.0f} tokens/s | {record.training_s:.1f} s",
         )
-        if record.steps == 1:
-            # Python's collector stalls a step for up to half a second when a large program has just been compiled
-            gc.collect()
-            gc.freeze()
-            gc.disable()
 
     def _load(self, position: int, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = (torch.from_numpy(a).view(rows, seq_len) for a in self._stream.pairs(position, rows * seq_len))
@@ -676,7 +682,13 @@ def evaluate(
     """Scores the model on the split's first rows, and checks that it predicts from the past alone.
 
     Args:
+        model: Maps tokens (B, T) to logits (B, T, V).
+        split: With an index of its documents.
+        data: For the sizes of tokens, rows and vocabulary.
         tokens: How many tokens to score, rounded down to whole rows; None for all.
+        device: Where the model is.
+        reporter: Is told the progress.
+        phase: Under this name.
 
     Raises:
         ContractError: Logits of a wrong shape or type, not finite, or that depend on later tokens, on other rows of the
@@ -689,7 +701,8 @@ def evaluate(
         try:
             scorer = Scorer(model, device, data.vocab_size)
             nats = scorer.nats(rows, batch_rows, lambda share: reporter.phase(phase, share))
-            scorer.check_honesty(rows[:batch_rows], nats[:batch_rows])
+            checked = batch_rows if device.type == "cuda" else min(batch_rows, CPU_CHECKED_ROWS)
+            scorer.check_honesty(rows[:checked], nats[:checked])
             break
         except torch.OutOfMemoryError:
             if batch_rows == 1:
@@ -773,19 +786,19 @@ class Scorer:
         again = self._losses(before, y).mean().item()
         if abs(again - nats.mean()) > 0.01 * abs(nats.mean()) + 1e-3:
             raise ContractError(
-                f"the same rows scored {nats.mean():.4f} nats a token, then {again:.4f}: the model must not remember calls"
+                f"equal rows scored {nats.mean():.4f} nats a token, then {again:.4f}: a model must not remember calls"
             )
         chance = np.random.default_rng(0)
         other = torch.from_numpy(chance.integers(0, self._vocab_size, (B, T))).to(self._device)
+        if B > 1:
+            mine = torch.arange(B, device=self._device)[:, None] % 2 == 0
+            leak = self._difference(before, self.logits(torch.where(mine, x, other)), mine.expand(B, T))
+            _refuse(leak, "a row's logits depend on other rows of the batch: rows must be independent")
         if T > 1:
             cuts = torch.from_numpy(chance.integers(1, T, (B, 1))).to(self._device)
             late = torch.arange(T, device=self._device)[None, :] >= cuts
             leak = self._difference(before, self.logits(torch.where(late, other, x)), ~late)
             _refuse(leak, "logits depend on later tokens: the model must be causal")
-        if B > 1:
-            mine = torch.arange(B, device=self._device)[:, None] % 2 == 0
-            leak = self._difference(before, self.logits(torch.where(mine, x, other)), mine.expand(B, T))
-            _refuse(leak, "a row's logits depend on other rows of the batch: rows must be independent")
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Calls the model on tokens (B, T).
@@ -888,12 +901,14 @@ def _driver_memory_mb(device: torch.device) -> float:
     """What NVML says that this process holds; 0 when it cannot say (no library, another pid namespace)."""
     try:
         import pynvml  # noqa: PLC0415  # only on a machine with a GPU
-
+    except ImportError:
+        return 0.0
+    try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
         return sum(p.usedGpuMemory or 0 for p in mine) / 2**20
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return 0.0
 
 
@@ -927,11 +942,12 @@ def load_candidate(path: Path) -> Callable[[Run], Any]:
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise ContractError(f"{path.name}{f' line {line}' if line else ''}: {getattr(error, 'msg', error)}") from None
-    spec = importlib.util.spec_from_file_location("candidate", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    loader = importlib.machinery.SourceFileLoader("candidate", str(path))
+    module = types.ModuleType("candidate")
+    module.__file__ = str(path)
     sys.modules["candidate"] = module
-    spec.loader.exec_module(module)
+    sys.path.append(str(path.parent.absolute()))  # its other files; last, so that they hide nothing
+    loader.exec_module(module)
     train = getattr(module, "train", None)
     if not callable(train):
         raise ContractError(f"{path.name} has no train(run); define one that returns the model")
@@ -942,6 +958,7 @@ class Trial:
     """One candidate from loading to its score; `result` fills as it goes."""
 
     def __init__(self, arguments: argparse.Namespace):
+        created = _clock()
         self.arguments = arguments
         self.train_file, self.out = Path(arguments.train_file), Path(arguments.out)
         self.device = pick_device(arguments.device)
@@ -965,7 +982,8 @@ class Trial:
             reporter=self.reporter,
             program_sha256=hashlib.sha256(program).hexdigest(),
         )
-        self.seconds: dict[str, float] = {}
+        self.seconds = {"start": _FIRST_LINE_AT - spawned_at(), "import": _IMPORTED_AT - _FIRST_LINE_AT}
+        self.seconds["data"] = _clock() - created
         self.result: dict[str, Any] = {"outcome": "crashed", "reason": "", "val_bpb": None, "holdout_bpb": None}
 
     def perform(self) -> str:
@@ -975,10 +993,8 @@ class Trial:
             self._score(model)
         except (ContractError, TrainingFailure) as error:
             return self._end("invalid" if isinstance(error, ContractError) else "crashed", str(error))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return self._out_of_memory(error)
         except BaseException as error:  # noqa: BLE001  # the candidate may raise anything, SystemExit included
-            if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's CPU allocator
+            if is_out_of_memory(error):
                 return self._out_of_memory(error)
             traceback.print_exc()
             text = str(error).strip().partition("\n")[0]
@@ -1048,9 +1064,7 @@ class Trial:
     def _end(self, outcome: str, reason: str) -> str:
         """Writes result.json, whatever happened before."""
         record = self.run.record
-        spawned = spawned_at()
-        parts = {"start": _FIRST_LINE_AT - spawned, "import": _IMPORTED_AT - _FIRST_LINE_AT, "data": self.seconds_data}
-        everything = {"build": 0.0, "first_step": 0.0, "train": 0.0, "eval": 0.0, "holdout": 0.0} | self.seconds
+        seconds = {"build": 0.0, "first_step": 0.0, "train": 0.0, "eval": 0.0, "holdout": 0.0} | self.seconds
         absent = dict.fromkeys(("mfu_percent", "num_params", "depth", "flops_per_token", "evaluation"))
         if outcome != "measured":
             self.result |= {"val_bpb": None, "holdout_bpb": None}
@@ -1060,20 +1074,37 @@ class Trial:
             "outcome": outcome,
             "reason": reason,
             "training_seconds": round(record.training_s, 3),
-            "total_seconds": round(_wall_clock() - spawned, 3),
+            "total_seconds": round(_wall_clock() - spawned_at(), 3),
             **memory_mb(self.device),
             "total_tokens": record.tokens_at_steps,
             "num_steps": record.steps,
             "tokens_per_s": round(record.tokens_per_s, 1),
             "micro_batch_rows": record.batch_shape[0] if record.batch_shape else None,
             "seed": self.arguments.seed,
-            "seconds": {name: round(value, 3) for name, value in (parts | everything).items()},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         self.reporter.phase("done", 1.0)
         write_json(self.out / "result.json", self.result)
         return outcome
 
-    seconds_data = 0.0
+
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",  # torch's allocator on the CPU
+    "CUDA error: out of memory",  # the driver's, for what does not go through torch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, also when a compiler or a candidate wrapped the error into one of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -1090,7 +1121,7 @@ def pick_device(name: str | None) -> torch.device:
 def seed_everything(seed: int) -> None:
     """Seeds torch on every device, numpy and random."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -1118,14 +1149,11 @@ def main(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    started = _clock()
     try:
         trial = Trial(arguments)
+        outcome = trial.perform()
     except UsageError as error:
         return _fail(str(error))
-    trial.seconds_data = _clock() - started
-    try:
-        outcome = trial.perform()
     except OSError as error:
         return _fail(f"{error.filename or arguments.out}: {error.strerror or error}; the result could not be written")
     if outcome == "measured":

@@ -41,6 +41,7 @@ WEIGHT_DECAY = 0.2  # in [0.0, 0.5]: of the matrices, where it agrees with the u
 MUON_MOMENTUM = 0.95  # in [0.7, 0.99]: reached after MOMENTUM_WARMUP
 MOMENTUM_WARMUP = 0.3  # share of the budget in which the momentum rises from 0.85
 MUON_BETA2 = 0.95  # mean of the squares of Muon's updates, a neuron
+UNEMBEDDING_DECAY = 0.01  # the embeddings are better off without
 ADAM_BETA1 = 0.8  # mean of Adam's gradients
 ADAM_BETA2 = 0.95  # in [0.8, 0.999]: mean of their squares
 # Schedule of the learning rates: up, flat, down
@@ -89,7 +90,7 @@ def attention_mask(T: int, window: int, device: torch.device):
     if window >= T:
         return None
     if can_compile(device) and torch.cuda.get_device_capability(device) >= (8, 0) and T % 128 == 0:
-        from torch.nn.attention.flex_attention import create_block_mask
+        from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - a second, on CUDA alone
 
         return create_block_mask(lambda b, h, q, k: visible(window, q, k), None, None, T, T, device=device)
     places = torch.arange(T, device=device)
@@ -101,9 +102,9 @@ SDPA_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Softmax attention of (B, H, T, D) tensors under a mask of attention_mask(…); every backend is called from here."""
+    """Softmax attention of (B, H, T, D) tensors under a mask of attention_mask(…): every backend is called here."""
     if mask is not None and not isinstance(mask, Tensor):
-        from torch.nn.attention.flex_attention import flex_attention
+        from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
 
         return flex_attention(q, k, v, block_mask=mask)
     if not q.is_cuda:
@@ -128,6 +129,17 @@ def norm(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:
+    """A matrix without bias, its weights uniform with this standard deviation."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.uniform_(layer.weight, -std * math.sqrt(3), std * math.sqrt(3))
+    return layer
+
+
+# Every layer starts as the identity: the matrices that write into the residual stream are zero.
+STD = MODEL_DIM**-0.5
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, normalised queries and keys, and gated value embeddings."""
 
@@ -135,11 +147,12 @@ class Attention(nn.Module):
 
     def __init__(self, has_value_embed: bool):
         super().__init__()
-        self.qkv = nn.Linear(MODEL_DIM, 3 * MODEL_DIM, bias=False)
-        self.out = nn.Linear(MODEL_DIM, MODEL_DIM, bias=False)
-        self.gate = nn.Linear(self.GATE_WIDTH, HEADS, bias=False) if has_value_embed else None
+        self.qkv = linear(MODEL_DIM, 3 * MODEL_DIM, std=STD)
+        self.out = linear(MODEL_DIM, MODEL_DIM, std=0.0)
+        self.gate = linear(self.GATE_WIDTH, HEADS, std=0.0) if has_value_embed else None
 
     def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
+        """Maps (B, T, C) to (B, T, C)."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, HEADS, HEAD_DIM).unbind(2)
         if self.gate is not None and value_embed is not None:
@@ -155,10 +168,11 @@ class MLP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = nn.Linear(MODEL_DIM, MLP_RATIO * MODEL_DIM, bias=False)
-        self.down = nn.Linear(MLP_RATIO * MODEL_DIM, MODEL_DIM, bias=False)
+        self.up = linear(MODEL_DIM, MLP_RATIO * MODEL_DIM, std=STD)
+        self.down = linear(MLP_RATIO * MODEL_DIM, MODEL_DIM, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, T, C) to (B, T, C)."""
         return self.down(F.relu(self.up(x)).square())
 
 
@@ -171,6 +185,7 @@ class Block(nn.Module):
         self.mlp = MLP()
 
     def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
+        """Maps (B, T, C) to (B, T, C)."""
         x = x + self.attention(norm(x), value_embed, rotary, mask)
         return x + self.mlp(norm(x))
 
@@ -187,13 +202,14 @@ class GPT(nn.Module):
         self.depth, self.dtype = DEPTH, compute_dtype(device)
         # every other layer, the last one included (arXiv:2410.17897)
         value_layers = [i for i in range(DEPTH) if VALUE_EMBEDS and i % 2 == (DEPTH - 1) % 2]
-        self.embed = nn.Embedding(vocab_size, MODEL_DIM)
+        self.embed = nn.Embedding(vocab_size, MODEL_DIM)  # normal, standard deviation 1
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, MODEL_DIM) for i in value_layers})
+        for table in self.value_embeds.parameters():
+            nn.init.uniform_(table, -STD * math.sqrt(3), STD * math.sqrt(3))
         self.blocks = nn.ModuleList(Block(i in value_layers) for i in range(DEPTH))
-        self.unembed = nn.Linear(MODEL_DIM, vocab_size, bias=False)
+        self.unembed = linear(MODEL_DIM, vocab_size, std=0.001)
         self.residual_scale = nn.Parameter(torch.ones(DEPTH))
         self.x0_scale = nn.Parameter(torch.full((DEPTH,), X0_INIT))
-        self.initialise()
         # all that depends on a row's length alone is made now: nothing of it belongs into a compiled graph
         self.to(device)
         pattern = [WINDOW_PATTERN[i % len(WINDOW_PATTERN)] for i in range(DEPTH - 1)] + ["L"]
@@ -203,22 +219,6 @@ class GPT(nn.Module):
         # forward and backward; attention as if nothing were masked inside the window, which is how MFU is quoted
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         self.flops_per_token = 6 * weights + 12 * MODEL_DIM * sum(min(window, SEQ_LEN) for window in self.windows)
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Every layer starts as the identity: what writes into the residual stream is zero."""
-        nn.init.normal_(self.embed.weight, std=1.0)
-        nn.init.normal_(self.unembed.weight, std=0.001)
-        bound = math.sqrt(3 / MODEL_DIM)  # a uniform distribution of standard deviation 1/sqrt(MODEL_DIM)
-        for table in self.value_embeds.values():
-            nn.init.uniform_(table.weight, -bound, bound)
-        for block in self.blocks:
-            nn.init.uniform_(block.attention.qkv.weight, -bound, bound)
-            nn.init.uniform_(block.mlp.up.weight, -bound, bound)
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.mlp.down.weight)
-            if block.attention.gate is not None:
-                nn.init.zeros_(block.attention.gate.weight)
 
     def rotary(self, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions, (T, 1, HEAD_DIM / 2)."""
@@ -232,6 +232,7 @@ class GPT(nn.Module):
         return [by_window[window] for window in self.windows]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Maps tokens (B, T) to float32 logits (B, T, V), or to a loss."""
         T, device = tokens.size(1), tokens.device
         if T not in self.masks:
             self.rotaries[T], self.masks[T] = self.rotary(T, device), self.window_masks(T, device)
@@ -274,17 +275,30 @@ def orthogonalise(G: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def muon_update(
-    W: Tensor, G: Tensor, mean: Tensor, square: Tensor, lr: Tensor, momentum: Tensor, decay: Tensor, dtype: torch.dtype
+    W: Tensor,
+    G: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    *,
+    lr: Tensor,
+    momentum: Tensor,
+    decay: Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """One step of Muon on matrices of one shape, in place.
 
     Nesterov momentum, orthogonalised; evened out between neurons by a running mean of their squares (NorMuon,
-    arXiv:2510.05491); decay only where it goes the update's way (cautious, arXiv:2411.16085).
+    arXiv:2510.05491); decay only where it goes the update's way (cautious, arXiv:2411.16085). What a schedule changes
+    is a 0-d tensor, so that it compiles once.
 
     Args:
-        W: Weights (N, rows, columns); G: their gradients; mean: of the gradients.
+        W: Weights (N, rows, columns).
+        G: Their gradients.
+        mean: Of the gradients.
         square: Of the updates, one number a neuron: (N, rows, 1), or (N, 1, columns) for wide matrices.
-        lr, momentum, decay: 0-d tensors, so that a schedule does not compile anew.
+        lr: Length of the step.
+        momentum: Share of `mean` that stays.
+        decay: Of the weights, times lr.
         dtype: Of the orthogonalisation.
     """
     mean.mul_(momentum).add_(G * (1 - momentum))
@@ -296,35 +310,29 @@ def muon_update(
     W.sub_(lr * (even + decay * W * (even * W > 0)))
 
 
-def adam_update(W: Tensor, G: Tensor, mean: Tensor, square: Tensor, lr: Tensor, unbias: Tensor) -> None:
-    """One step of Adam in place; lr and unbias (0-d) carry the corrections of the two means for their start at 0."""
+def adam_update(
+    W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, unbias: Tensor, decay: float
+) -> None:
+    """One step of AdamW in place; lr and unbias (0-d) carry the corrections of the two means for their start at 0."""
     mean.lerp_(G, 1 - ADAM_BETA1)
     square.lerp_(G.square(), 1 - ADAM_BETA2)
-    W.sub_(lr * mean / ((square * unbias).sqrt() + 1e-10))
+    W.sub_(lr * (mean / ((square * unbias).sqrt() + 1e-10) + decay * W))
 
 
 class Optimizer:
-    """Muon for the matrices of the layers, all of one shape in one call, and Adam for everything else."""
+    """Muon for the matrices of the layers, all of one shape in one call, and AdamW for everything else."""
 
     def __init__(self, model: GPT, device: torch.device):
         width = (MODEL_DIM / 768) ** -0.5  # Adam's rates were tuned at width 768
-        self.adam = [
-            (EMBEDDING_LR * width, [model.embed.weight, *(table.weight for table in model.value_embeds.values())]),
-            (UNEMBEDDING_LR * width, [model.unembed.weight]),
-            (SCALAR_LR * 0.01, [model.residual_scale]),  # it multiplies through all layers
-            (SCALAR_LR, [model.x0_scale]),
+        embeddings = [model.embed.weight, *model.value_embeds.parameters()]
+        self.adam = [  # learning rate, decay, parameters
+            (EMBEDDING_LR * width, 0.0, embeddings),
+            (UNEMBEDDING_LR * width, UNEMBEDDING_DECAY, [model.unembed.weight]),
+            (SCALAR_LR * 0.01, 0.0, [model.residual_scale]),  # it multiplies through all layers
+            (SCALAR_LR, 0.0, [model.x0_scale]),
         ]
-        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, ps in self.adam for p in ps}
-        self.matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
-        fused = {block.attention.qkv.weight for block in model.blocks}  # three matrices in one parameter
-        for p in model.blocks.parameters():
-            shape = (MODEL_DIM, MODEL_DIM) if p in fused else (p.size(0), p.size(1))
-            self.matrices.setdefault(shape, []).append(p)
-        self.buffers = {}
-        for shape, ps in self.matrices.items():
-            count = sum(p.numel() for p in ps) // math.prod(shape)
-            neurons = (count, shape[0], 1) if shape[0] >= shape[1] else (count, 1, shape[1])
-            self.buffers[shape] = (torch.zeros(count, *shape, device=device), torch.zeros(neurons, device=device))
+        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, _, ps in self.adam for p in ps}
+        self.muon = [MatrixBank(ps, shape) for shape, ps in matrices_by_shape(model).items()]
         self.lr, self.unbias, self.momentum, self.decay = (torch.zeros((), device=device) for _ in range(4))
         self.dtype, self.steps = compute_dtype(device), 0
         compiled = can_compile(device)
@@ -337,21 +345,48 @@ class Optimizer:
         self.steps += 1
         scale = lr_scale(progress)
         self.unbias.fill_(1 / (1 - ADAM_BETA2**self.steps))
-        for lr, parameters in self.adam:
+        for lr, decay, parameters in self.adam:
             self.lr.fill_(lr * scale / (1 - ADAM_BETA1**self.steps))
             for p in parameters:
-                self.adam_update(p, p.grad, *self.moments[p], self.lr, self.unbias)
+                self.adam_update(p, p.grad, *self.moments[p], lr=self.lr, unbias=self.unbias, decay=decay)
+                p.grad = None
         self.momentum.fill_(momentum(progress))
         self.decay.fill_(WEIGHT_DECAY * (1 - progress))
-        for (rows, columns), ps in self.matrices.items():
-            self.lr.fill_(MATRIX_LR * scale * max(1.0, rows / columns) ** 0.5)
-            G = torch.cat([p.grad.view(-1, rows, columns) for p in ps])
-            W = torch.cat([p.view(-1, rows, columns) for p in ps])
-            self.muon_update(W, G, *self.buffers[rows, columns], self.lr, self.momentum, self.decay, self.dtype)
-            new = W.split([p.numel() // (rows * columns) for p in ps])
-            torch._foreach_copy_(ps, [w.view_as(p) for w, p in zip(new, ps, strict=True)])
-        for p in [*self.moments, *(p for ps in self.matrices.values() for p in ps)]:
-            p.grad = None
+        for bank in self.muon:
+            self.lr.fill_(MATRIX_LR * scale * bank.lr_factor)
+            rates = {"lr": self.lr, "momentum": self.momentum, "decay": self.decay}
+            self.muon_update(bank.weights, bank.gradients, bank.mean, bank.square, **rates, dtype=self.dtype)
+            bank.gradients.zero_()
+
+
+def matrices_by_shape(model: GPT) -> dict[tuple[int, int], list[nn.Parameter]]:
+    """The matrices of the layers by their shape; queries, keys and values are three matrices in one parameter."""
+    fused = {id(module.qkv.weight) for module in model.modules() if isinstance(module, Attention)}
+    matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
+    for p in model.blocks.parameters():
+        shape = (MODEL_DIM, MODEL_DIM) if id(p) in fused else (p.size(0), p.size(1))
+        matrices.setdefault(shape, []).append(p)
+    return matrices
+
+
+class MatrixBank:
+    """Matrices of one shape (rows, columns), moved into one tensor (N, rows, columns), and so their gradients."""
+
+    def __init__(self, parameters: list[nn.Parameter], shape: tuple[int, int]):
+        rows, columns = shape
+        self.weights = torch.cat([p.detach().view(-1, rows, columns) for p in parameters])
+        self.gradients, self.mean = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.square = self.weights.new_zeros(
+            (len(self.weights), rows, 1) if rows >= columns else (len(self.weights), 1, columns)
+        )
+        self.lr_factor = (
+            max(1.0, rows / columns) ** 0.5
+        )  # so that a tall matrix changes its outputs as much as a square one
+        sizes = [p.numel() // (rows * columns) for p in parameters]
+        for p, weights, gradients in zip(
+            parameters, self.weights.split(sizes), self.gradients.split(sizes), strict=True
+        ):
+            p.data, p.grad = weights.view_as(p), gradients.view_as(p)  # backward passes add to it in place
 
 
 def lr_scale(progress: float) -> float:
@@ -372,23 +407,24 @@ def momentum(progress: float) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train(run) -> nn.Module:
+def train(run) -> GPT:
     """Trains until the budget is spent; returns the model."""
     torch.set_float32_matmul_precision("high")
     model = GPT(run.vocab_size, run.row_tokens, run.device)
     optimizer = Optimizer(model, run.device)
-    network = torch.compile(model, dynamic=False) if can_compile(run.device) else model
+    if can_compile(run.device):
+        model.compile(dynamic=False)
     rows = run.micro_batch(
-        model, total_tokens=TOTAL_BATCH_SIZE, seq_len=SEQ_LEN, at_most=DEVICE_BATCH_SIZE or None, loss=network
+        model, total_tokens=TOTAL_BATCH_SIZE, seq_len=SEQ_LEN, at_most=DEVICE_BATCH_SIZE or None, loss=model
     )
     micro_batches = TOTAL_BATCH_SIZE // (rows * SEQ_LEN)
     while not run.done:
         total = torch.zeros((), device=run.device)
         for _ in range(micro_batches):
             x, y = run.batch(rows, SEQ_LEN)
-            loss = network(x, y) / micro_batches
+            loss = model(x, y) / micro_batches
             loss.backward()
             total += loss.detach()
         optimizer.step(run.progress)
         run.step(total)
-    return network
+    return model

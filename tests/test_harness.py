@@ -1,0 +1,520 @@
+"""The trainer's contract, by real trials of tiny programs on a CPU."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_kit import BOS, ROW_TOKENS, VOCAB, Ran, make_data, run_harness
+
+from trainer import harness
+
+# A model that sees the last token alone, and a loop that keeps to the contract.
+BIGRAM = """
+import time
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROWS, SEQ_LEN = 8, 32
+
+class Model(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+    def forward(self, tokens):
+        return self.table(tokens)
+
+def build(run):
+    return Model(run.vocab_size)
+
+def train(run):
+    model = build(run)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    while not run.done:
+        x, y = run.batch(ROWS, SEQ_LEN)
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.step(loss)
+    return model
+"""
+
+
+def instead(old: str, new: str) -> str:
+    """BIGRAM with one passage replaced."""
+    assert BIGRAM.count(old) == 1
+    return BIGRAM.replace(old, new)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("harness") / "data")
+
+
+@pytest.fixture(scope="module")
+def measured(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, str]:
+    """One trial as a process of its own, as the supervisor starts it; with its standard output."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "train.py").write_text(BIGRAM)
+    done = subprocess.run(
+        command(folder, data, "--budget-tokens", "8192", "--threads", "1", "--holdout", "--seed", "3"),
+        env={**os.environ, "RAYSEARCH_SPAWNED_AT": str(time.time())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return Ran(0, folder / "out", json.loads((folder / "out" / "result.json").read_text())), done.stdout
+
+
+def command(folder: Path, data: Path, *options: str) -> list[str]:
+    paths = ["--train-file", str(folder / "train.py"), "--data", str(data), "--out", str(folder / "out")]
+    return [sys.executable, "-m", "trainer.harness", *paths, "--device", "cpu", *options]
+
+
+# ---- a trial that goes well ----
+
+
+def test_a_measured_trial_reports_every_field_of_the_contract(measured: tuple[Ran, str]):
+    result = measured[0].result
+    assert result["outcome"] == "measured"
+    assert result["evaluation"] == f"1-{24 * ROW_TOKENS}"
+    assert result["num_steps"] == 8192 // 256
+    assert result["total_tokens"] == 8192
+    assert result["num_params"] == VOCAB * VOCAB
+    assert result["micro_batch_rows"] == 8
+    assert result["seed"] == 3
+    assert result["val_bpb"] < math.log2(VOCAB)  # it has learned something
+    assert result["holdout_bpb"] == pytest.approx(result["val_bpb"], rel=0.2)
+    for name in ("peak_vram_mb", "reserved_mb", "mfu_percent", "flops_per_token", "tokens_per_s", "total_seconds"):
+        assert name in result
+    assert set(result["seconds"]) == {
+        "start",
+        "import",
+        "data",
+        "build",
+        "first_step",
+        "train",
+        "eval",
+        "holdout",
+    }
+    assert sum(result["seconds"].values()) <= result["total_seconds"] + 0.05
+
+
+def test_the_summary_block_is_the_one_that_autoresearch_users_know(measured: tuple[Ran, str]):
+    block = measured[1].rpartition("---\n")[2].splitlines()
+    names = [line.partition(":")[0] for line in block]
+    assert names == [
+        "val_bpb",
+        "training_seconds",
+        "total_seconds",
+        "peak_vram_mb",
+        "mfu_percent",
+        "total_tokens_M",
+        "num_steps",
+        "num_params_M",
+        "depth",
+    ]
+    assert block[0] == f"val_bpb:          {measured[0].result['val_bpb']:.6f}"
+
+
+def test_nats_by_document_sum_to_an_independent_float64_evaluation(measured: tuple[Ran, str], data: Path):
+    ran = measured[0]
+    table = retrained_table(data, tokens=8192, seed=3)
+    token_bytes = np.load(data / "token_bytes.npy").astype(np.int64)
+    rows, index = np.load(data / "val.rows.npy").astype(int), np.load(data / "val.index.npy")
+    nats, size = dict.fromkeys(range(index[-1, 3] + 1), 0.0), dict.fromkeys(range(index[-1, 3] + 1), 0)
+    for row, start, stop, doc in index.tolist():
+        for place in range(max(1, start), stop):
+            token, seen = rows[row, place], rows[row, place - 1]
+            if token != BOS:
+                logits = table[seen]
+                nats[doc] += math.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token]
+                size[doc] += int(token_bytes[token])
+    documents = np.load(ran.out / "documents.npz")
+    assert documents["doc"].tolist() == [doc for doc, bytes_ in size.items() if bytes_]
+    assert documents["bytes"].tolist() == [bytes_ for bytes_ in size.values() if bytes_]
+    np.testing.assert_allclose(documents["nats"], [nats[doc] for doc in documents["doc"]], rtol=2e-5)
+    bpb = sum(nats.values()) / math.log(2) / sum(size.values())
+    assert ran.result["val_bpb"] == pytest.approx(bpb, rel=1e-5)
+    assert ran.result["val_bpb"] == pytest.approx(documents["nats"].sum() / math.log(2) / documents["bytes"].sum())
+
+
+def retrained_table(data: Path, *, tokens: int, seed: int) -> np.ndarray:
+    """The bigram's table as BIGRAM trains it, in float64 numpy but for its start."""
+    torch.manual_seed(seed)
+    table = torch.nn.Embedding(VOCAB, VOCAB).weight.detach().double().numpy()
+    stream = harness.TokenStream(np.load(data / "train.rows.npy"), seed=seed)
+    for start in range(0, tokens, 256):
+        x, y = stream.pairs(start, 256)
+        p = np.exp(table[x])
+        p /= p.sum(-1, keepdims=True)
+        p[np.arange(256), y] -= 1
+        np.subtract.at(table, x, 10.0 * p / 256)
+    return table
+
+
+def test_the_curve_and_the_progress_end_with_the_last_step(measured: tuple[Ran, str]):
+    points = [json.loads(line) for line in (measured[0].out / "curve.jsonl").read_text().splitlines()]
+    assert points[-1]["step"] == 32
+    assert points[-1]["tokens"] == 8192
+    assert points[-1]["progress"] == 1.0
+    assert points[-1]["loss"] < points[0]["loss"]
+    assert set(points[0]) == {"step", "tokens", "seconds", "loss", "progress"}
+    progress = json.loads((measured[0].out / "progress.json").read_text())
+    assert progress["phase"] == "done"
+
+
+def test_the_curve_gets_about_two_points_a_second(data: Path, tmp_path: Path):
+    ran = run_harness(BIGRAM, data, tmp_path, "--budget-s", "1.2")
+    assert ran.result["num_steps"] > 20
+    assert 2 <= len((ran.out / "curve.jsonl").read_text().splitlines()) <= 5
+
+
+def test_tokens_to_score_are_rounded_down_to_whole_rows(data: Path, tmp_path: Path):
+    ran = run_harness(BIGRAM, data, tmp_path, "--eval-tokens", "100")
+    assert ran.result["evaluation"] == "1-96"
+
+
+def test_a_budget_in_tokens_gives_the_same_score_bit_by_bit(data: Path, tmp_path: Path):
+    scores = [run_harness(BIGRAM, data, tmp_path / str(i)).result["val_bpb"] for i in range(2)]
+    assert scores[0] == scores[1]
+    assert run_harness(BIGRAM, data, tmp_path / "other", "--seed", "1").result["val_bpb"] != scores[0]
+
+
+def test_the_clock_starts_at_the_end_of_the_first_step(data: Path, tmp_path: Path):
+    slow_start = instead("    while not run.done:\n", "    time.sleep(0.7)\n    while not run.done:\n")
+    ran = run_harness(slow_start, data, tmp_path, "--budget-s", "0.4")
+    assert ran.result["training_seconds"] == pytest.approx(0.4, abs=0.15)
+    assert ran.result["seconds"]["build"] > 0.6
+
+
+def test_a_candidate_that_replaces_the_clock_gains_no_time(data: Path, tmp_path: Path):
+    cheat = instead("    model = build(run)\n", "    model = build(run)\n    time.perf_counter = lambda: 0.0\n")
+    real = time.perf_counter
+    try:
+        started = real()
+        ran = run_harness(cheat, data, tmp_path, "--budget-s", "0.3")
+    finally:
+        time.perf_counter = real
+    assert ran.result["training_seconds"] == pytest.approx(0.3, abs=0.15)
+    assert real() - started < 10
+
+
+# ---- the order of the data ----
+
+
+def test_batches_do_not_depend_on_how_they_are_cut(data: Path):
+    rows = np.load(data / "train.rows.npy")
+    whole = harness.TokenStream(rows, seed=5).pairs(0, 3 * rows.size)  # three epochs and a bit
+    pieces = harness.TokenStream(rows, seed=5)
+    start, cut = 0, []
+    for count in [1, 7, 32, 256, 100, 5000, 64]:
+        cut.append(pieces.pairs(start, count)[1])
+        start += count
+    np.testing.assert_array_equal(np.concatenate(cut), whole[1][:start])
+    other = harness.TokenStream(rows, seed=6).pairs(0, 256)
+    assert (other[0] != whole[0][:256]).any()
+
+
+def test_an_epoch_shows_every_row_once_with_its_successors(data: Path):
+    rows = np.load(data / "train.rows.npy")
+    x, y = harness.TokenStream(rows, seed=0).pairs(0, len(rows) * ROW_TOKENS)
+    seen = np.concatenate([x.reshape(-1, ROW_TOKENS), y.reshape(-1, ROW_TOKENS)[:, -1:]], axis=1)
+    assert sorted(seen.tolist()) == sorted(rows.tolist())
+    second = harness.TokenStream(rows, seed=0).pairs(len(rows) * ROW_TOKENS, len(rows) * ROW_TOKENS)[0]
+    assert (second != x).any()
+    assert sorted(second.tolist()) == sorted(x.tolist())
+
+
+# ---- candidates that break the contract ----
+
+ATTEND = """
+class Leaky(Model):
+    def forward(self, tokens):
+        logits = self.table(tokens)
+        return {}
+
+def build(run):
+    return Leaky(run.vocab_size)
+
+def train(run):"""
+BREAKS = {
+    "next token": ("logits + 5 * F.one_hot(tokens.roll(-1, 1), 64)", "later tokens"),
+    "next token, one position in four": (
+        "logits + (torch.arange(32) % 4 == 1)[:, None] * F.one_hot(tokens.roll(-1, 1), 64)",
+        "later tokens",
+    ),
+    "mean of the whole row": ("logits + logits.mean(1, keepdim=True)", "later tokens"),
+    "normalised over the row": ("logits / logits.std(1, keepdim=True)", "later tokens"),
+    "the row above": ("logits + 0.3 * logits.roll(1, 0)", "other rows"),
+    "mean of the batch": ("logits + logits[:, :1].mean(0)", "other rows"),
+    "no vocabulary": ("logits[..., :-1]", "logits have shape"),
+    "not a tensor": ("(logits,)", "tuple"),
+    "whole numbers": ("tokens", "int64"),
+    "nan": ("logits / 0 * 0", "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_model_that_breaks_the_contract_is_invalid(name: str, data: Path, tmp_path: Path):
+    expression, reason = BREAKS[name]
+    plain_in_training = f"logits if self.training else ({expression})"
+    ran = run_harness(instead("\ndef train(run):", ATTEND.format(plain_in_training)), data, tmp_path)
+    assert (ran.exit_code, ran.result["outcome"]) == (3, "invalid")
+    assert reason in ran.result["reason"]
+    assert ran.result["val_bpb"] is None
+
+
+def test_a_model_that_remembers_calls_is_invalid(data: Path, tmp_path: Path):
+    better_each_time = "logits if self.training else logits * next(self.calls)"
+    source = instead("\ndef train(run):", ATTEND.format(better_each_time))
+    source = source.replace("class Leaky(Model):", "class Leaky(Model):\n    calls = iter(range(1, 99))")
+    ran = run_harness(source, data, tmp_path)
+    assert ran.exit_code == 3
+    assert "remember" in ran.result["reason"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_no_leak(dtype: str, data: Path, tmp_path: Path):
+    rounded = f"(logits + 1e-3 * logits.mean()).to(torch.{dtype})"  # as a scale of the whole tensor would do
+    ran = run_harness(instead("\ndef train(run):", ATTEND.format(rounded)), data, tmp_path)
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+
+
+LOOP_BREAKS = {
+    "heavier first step": (
+        "run.batch(ROWS, SEQ_LEN)",
+        "run.batch(ROWS + 8 * (run.progress == 0), SEQ_LEN)",
+        "first step",
+    ),
+    "step without data": (
+        "        run.step(loss)",
+        "        run.step(loss)\n        run.step(loss)",
+        "without a run.batch",
+    ),
+    "no step": ("        run.step(loss)", "        return model", "without one run.step"),
+    "goes on": ("while not run.done:", "for _ in range(99):", "after run.done"),
+    "swallows the error": (
+        "        run.step(loss)\n",
+        "        run.step(loss)\n        try: run.step(loss)\n        except Exception: pass\n",
+        "without a run.batch",
+    ),
+    "bad batch": ("run.batch(ROWS, SEQ_LEN)", "run.batch(0, SEQ_LEN)", "rows is 0"),
+    "no model": ("    return model", "    return None", "must return the model"),
+    "no train": ("def train(run)", "def practise(run)", "no train(run)"),
+    "syntax": ("while not run.done:", "while not run.done", "line"),
+    "indivisible": (
+        "    model = build(run)\n",
+        "    model = build(run)\n    run.micro_batch(model, total_tokens=1000, seq_len=256)\n",
+        "total batch 1000 must be a multiple of the row length 256; nearest: 768 or 1024",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOP_BREAKS)
+def test_a_program_that_breaks_the_contract_is_invalid(name: str, data: Path, tmp_path: Path):
+    old, new, reason = LOOP_BREAKS[name]
+    ran = run_harness(instead(old, new), data, tmp_path)
+    assert (ran.exit_code, ran.result["outcome"]) == (3, "invalid")
+    assert reason in ran.result["reason"]
+    assert "\n" not in ran.result["reason"]
+
+
+def test_work_after_the_budget_is_invalid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(harness, "OVERTIME_S", 0.1)
+    longer = instead("    return model", "    time.sleep(0.5)\n    return model")
+    ran = run_harness(longer, data, tmp_path, "--budget-s", "0.3")
+    assert ran.exit_code == 3
+    assert "the budget is 0.3 s" in ran.result["reason"]
+
+
+CRASHES = {
+    "exception": ("    model = build(run)\n", "    raise KeyError('lr')\n", 1, "crashed", "KeyError: 'lr'"),
+    "import": ("import time\n", "import time, nonexistent\n", 1, "crashed", "No module named 'nonexistent'"),
+    "exit": ("    model = build(run)\n", "    raise SystemExit(0)\n", 1, "crashed", "SystemExit: 0"),
+    "nan loss": ("run.step(loss)", "run.step(loss / (run.progress == 0) - 1)", 1, "crashed", "not finite at step 2"),
+    "memory": (
+        "    model = build(run)\n",
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried')\n",
+        4,
+        "out_of_memory",
+        "CUDA out of memory",
+    ),
+    "memory, wrapped": (
+        "    model = build(run)\n",
+        "    try: torch.empty(2**60)\n    except RuntimeError as error: raise ValueError('compiling') from error\n",
+        4,
+        "out_of_memory",
+        "compiling",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_a_failure_of_the_candidate_has_its_outcome(name: str, data: Path, tmp_path: Path):
+    old, new, exit_code, outcome, reason = CRASHES[name]
+    ran = run_harness(instead(old, new), data, tmp_path)
+    assert (ran.exit_code, ran.result["outcome"]) == (exit_code, outcome)
+    assert reason in ran.result["reason"]
+
+
+def test_out_of_memory_in_the_evaluation_makes_its_batches_smaller(data: Path, tmp_path: Path):
+    hungry = "logits if self.training or len(tokens) <= 3 else (_ for _ in ()).throw(torch.OutOfMemoryError('full'))"
+    ran = run_harness(instead("\ndef train(run):", ATTEND.format(hungry)), data, tmp_path / "hungry")
+    plain = run_harness(BIGRAM, data, tmp_path / "plain")
+    assert ran.result["outcome"] == "measured"
+    assert ran.result["val_bpb"] == pytest.approx(plain.result["val_bpb"], abs=1e-6)
+
+
+def test_a_supervisor_that_stops_it_gets_silence(data: Path, tmp_path: Path):
+    (tmp_path / "train.py").write_text(BIGRAM)
+    process = subprocess.Popen(command(tmp_path, data, "--budget-s", "100"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and phase_in(tmp_path / "out") != "train":
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
+    assert errors == ""
+
+
+def phase_in(out: Path) -> str:
+    try:
+        return json.loads((out / "progress.json").read_text())["phase"]
+    except FileNotFoundError:
+        return ""
+
+
+# ---- mistakes of the caller ----
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget-s", "0"], "invalid positive float value: '0'"),
+        (["--budget-s", "20", "--budget-tokens", "9"], "not allowed with"),
+        ([], "--budget-s --budget-tokens is required"),
+        (["--budget-s", "nan"], "'nan'"),
+        (["--budget-s", "3", "--device", "tpu"], "'tpu'"),
+    ],
+)
+def test_a_wrong_call_costs_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        harness.parse(["--train-file", "t", "--data", "d", "--out", "o", *options])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert errors.count("\n") == 1
+    assert words in errors
+
+
+def test_data_that_is_not_whole_costs_one_line_with_its_repair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = make_data(tmp_path / "data")
+    (tmp_path / "train.py").write_text(BIGRAM)
+    call = ["--train-file", str(tmp_path / "train.py"), "--out", str(tmp_path / "out"), "--budget-s", "1"]
+
+    def complaint(folder: Path) -> str:
+        assert harness.main(harness.parse([*call, "--data", str(folder), "--device", "cpu"])) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1
+        return errors
+
+    nothing = complaint(tmp_path / "nothing")
+    assert "not prepared" in nothing
+    assert f"run: python -m trainer.prepare --data {tmp_path / 'nothing'}" in nothing
+    with (data / "val.rows.npy").open("ab") as file:
+        file.write(b"x")
+    assert re.search(r"val\.rows\.npy has \d+ bytes, its manifest says \d+; run: .* --force", complaint(data))
+    (data / "val.rows.npy").unlink()
+    assert "val.rows.npy is missing" in complaint(data)
+    (data / "manifest.json").write_text("{")
+    assert "manifest.json is not JSON" in complaint(data)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+# ---- micro-batches, figures ----
+
+
+def test_micro_batches_divide_the_total_batch_and_the_error_says_so():
+    assert harness.micro_batch_choices(2048, 256) == [1, 2, 4, 8]
+    assert harness.micro_batch_choices(2048, 256, 4) == [1, 2, 4]
+    assert harness.micro_batch_choices(12 * 64, 64) == [1, 2, 3, 4, 6, 12]
+    message = "device batch 3 rows x 256 tokens must divide the total batch 2048; valid rows: 1, 2, 4, 8"
+    with pytest.raises(harness.ContractError, match=re.escape(message)):
+        harness.micro_batch_choices(2048, 256, 3)
+    with pytest.raises(harness.ContractError, match="total batch 100 must be a multiple of the row length 256"):
+        harness.micro_batch_choices(100, 256)
+
+
+def test_the_predicted_memory_is_that_of_the_measured_baseline():
+    # 128 rows of 2048 tokens at depth 8, width 512, vocabulary 8192: 45 GB reserved on an H100
+    predicted = harness.predicted_bytes(128 * 2048, depth=8, dim=512, vocab_size=8192, parameters=50_300_000)
+    assert predicted / 1e9 == pytest.approx(47, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA GeForce RTX 3060", 25.5),
+        ("NVIDIA GeForce RTX 4060 Ti", 44.1),
+        ("NVIDIA GeForce RTX 4070", 58.3),
+        ("NVIDIA GeForce RTX 4070 Ti", None),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", 70.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_a_card_is_found_by_its_whole_name(card: str, tflops: float | None):
+    assert harness.peak_tflops(card) == tflops
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+def test_the_probe_leaves_no_trace_and_its_finding_is_remembered(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path))
+    device = torch.device("cuda")
+    model = torch.nn.Sequential(torch.nn.Embedding(VOCAB, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, VOCAB)).cuda()
+    x = torch.randint(0, VOCAB, (16, ROW_TOKENS), device=device)
+    state = torch.cuda.get_rng_state()
+    finder = harness.MicroBatchFinder(model, None, x, x, "program", vocab_size=VOCAB)
+    assert finder.find([1, 2, 4, 8, 16]) == 16
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    finder.halve()
+    again = harness.MicroBatchFinder(model, None, x, x, "program", vocab_size=VOCAB)
+    assert again.find([1, 2, 4, 8, 16]) == 8
+
+
+@pytest.mark.gpu
+def test_the_probe_halves_until_memory_suffices():
+    class Hungry(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(VOCAB, VOCAB, device="cuda")
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            if len(tokens) > 5:
+                torch.empty(2**44, device="cuda")
+            return self.table(tokens)
+
+    x = torch.zeros((16, ROW_TOKENS), dtype=torch.long, device="cuda")
+    assert harness.MicroBatchFinder(Hungry(), None, x, x, "program", vocab_size=VOCAB).find([1, 2, 4, 8, 16]) == 4

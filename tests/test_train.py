@@ -1,0 +1,324 @@
+"""The program under search: its arithmetic against plain versions, its knobs, and short real trainings."""
+
+import ast
+import math
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from trainer_kit import ROW_TOKENS, TINY, TRAINER, VOCAB, make_data, module_of, preset_knobs, program, run_harness
+
+CPU = torch.device("cpu")
+PRESETS = ("cpu", "rtx3060", "h100")
+SOURCE = (TRAINER / "train.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("train") / "data")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return module_of(tmp_path_factory.mktemp("tiny"), **TINY)
+
+
+# ---- attention ----
+
+
+def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    q, k, v = q.double(), k.double(), v.double()
+    T = q.size(2)
+    scores = q @ k.mT / math.sqrt(q.size(-1))
+    seen = torch.tensor([[0 <= i - j < window for j in range(T)] for i in range(T)])
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 47, 48, 100])
+def test_a_window_is_the_masked_dense_attention(window: int, tiny: ModuleType):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 48, 16) for _ in range(3))
+    got = tiny.attention(q, k, v, tiny.attention_mask(48, window, CPU))
+    torch.testing.assert_close(got.double(), plain_attention(q, k, v, window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_the_flex_mask_is_the_same_window(tiny: ModuleType):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    mask = create_block_mask(
+        lambda b, h, i, j: tiny.visible(40, i, j), None, None, 256, 256, device="cpu", BLOCK_SIZE=128
+    )
+    got = tiny.attention(q, k, v, mask)
+    torch.testing.assert_close(got, tiny.attention(q, k, v, tiny.attention_mask(256, 40, CPU)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_short_training_row_bounds_what_the_evaluation_sees(tmp_path: Path):
+    """One layer that looks back 8 tokens, asked about a row of 32."""
+    module = module_of(tmp_path, **TINY | {"DEPTH": 1, "ASPECT_RATIO": 32, "SEQ_LEN": 8})
+    torch.manual_seed(0)
+    model = module.GPT(VOCAB, ROW_TOKENS, CPU)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    tokens = torch.randint(0, VOCAB, (1, ROW_TOKENS))
+    before = model(tokens)
+    for place, seen in [(20 - 8, False), (20 - 7, True), (20, True), (21, False)]:
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % VOCAB
+        assert bool((model(changed)[0, 20] - before[0, 20]).abs().max() > 1e-4) is seen
+
+
+def test_an_x_layer_looks_back_an_eighth(tmp_path: Path):
+    module = module_of(tmp_path, **TINY | {"DEPTH": 5, "WINDOW_PATTERN": "XS"})
+    assert module.GPT(VOCAB, ROW_TOKENS, CPU).windows == [4, 16, 4, 16, 32]
+
+
+def test_rotation_depends_on_distances_alone(tiny: ModuleType):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    model = tiny.GPT(VOCAB, ROW_TOKENS, CPU)
+    cos, sin = (t.float() for t in model.rotary(64, CPU))
+
+    def product(i: int, j: int) -> float:
+        return float((tiny.rotate(q, cos[i], sin[i]) * tiny.rotate(k, cos[j], sin[j])).sum())
+
+    assert product(40, 37) == pytest.approx(product(5, 2), abs=0.05)  # the tables may be bfloat16
+    assert product(40, 37) != pytest.approx(product(40, 20), abs=0.05)
+
+
+# ---- optimizer ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48, 48), (128, 32), (32, 128)])
+def test_polar_express_brings_singular_values_near_1(dtype: torch.dtype, shape: tuple[int, int], tiny: ModuleType):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    values = torch.logspace(0, -2.5, min(shape)).expand(3, -1)
+    G = 7.0 * u @ torch.diag_embed(values) @ v
+    got = tiny.orthogonalise(G, dtype)
+    assert got.dtype == G.dtype
+    singular = torch.linalg.svdvals(got)
+    assert singular.max() < 1.2
+    assert singular.min() > 0.7
+    cosine = F.cosine_similarity(got.flatten(1), (u @ v).flatten(1))
+    assert cosine.min() > 0.99
+
+
+def plain_muon_step(
+    W: np.ndarray, G: np.ndarray, means: tuple[np.ndarray, np.ndarray], module: ModuleType, rates: dict[str, float]
+) -> np.ndarray:
+    """One matrix in float64: the polynomials act on the singular values."""
+    m, (mean, square), (rows, columns) = rates["momentum"], means, W.shape
+    mean[:] = m * mean + (1 - m) * G
+    u, s, v = np.linalg.svd((1 - m) * G + m * mean, full_matrices=False)
+    s = s / (np.sqrt((s**2).sum()) * 1.02 + 1e-6)
+    for a, b, c in module.POLAR_EXPRESS:
+        s = a * s + b * s**3 + c * s**5
+    update = u @ np.diag(s) @ v
+    axis = 1 if rows >= columns else 0
+    square[:] = module.MUON_BETA2 * square + (1 - module.MUON_BETA2) * (update**2).mean(axis, keepdims=True)
+    even = update / np.sqrt(square)
+    even *= np.linalg.norm(update) / np.linalg.norm(even)
+    return W - rates["lr"] * (even + rates["decay"] * W * (even * W > 0))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_muon_is_the_plain_float64_version(shape: tuple[int, int], tiny: ModuleType):
+    torch.manual_seed(0)
+    rows, columns = shape
+    neurons = (2, rows, 1) if rows >= columns else (2, 1, columns)
+    W, mean, square = torch.randn(2, *shape), torch.zeros(2, *shape), torch.zeros(neurons)
+    plain = [W[i].double().numpy() for i in range(2)]
+    means = [(np.zeros(shape), np.zeros(neurons[1:])) for _ in range(2)]
+    rates = {"lr": 0.02, "momentum": 0.9, "decay": 0.1}
+    for _ in range(3):
+        G = torch.randn(2, *shape)
+        tensors = {name: torch.tensor(value) for name, value in rates.items()}
+        tiny.muon_update(W, G, mean, square, **tensors, dtype=torch.float32)
+        plain = [plain_muon_step(plain[i], G[i].double().numpy(), means[i], tiny, rates) for i in range(2)]
+    np.testing.assert_allclose(W.numpy(), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_adam_is_that_of_torch(tiny: ModuleType):
+    torch.manual_seed(0)
+    start = torch.randn(5, 7)
+    theirs = torch.nn.Parameter(start.clone())
+    betas = (tiny.ADAM_BETA1, tiny.ADAM_BETA2)
+    reference = torch.optim.AdamW([theirs], lr=0.03, betas=betas, eps=1e-10, weight_decay=0.1)
+    ours, mean, square = start.clone(), torch.zeros(5, 7), torch.zeros(5, 7)
+    for step in range(1, 6):
+        theirs.grad = torch.randn(5, 7)
+        lr, unbias = torch.tensor(0.03), torch.tensor(1 / (1 - betas[1] ** step))
+        corrected = lr / (1 - betas[0] ** step)
+        # decay follows the corrected rate here, which for AdamW is the plain one: undo it to compare
+        decay = 0.1 * (1 - betas[0] ** step)
+        tiny.adam_update(ours, theirs.grad, mean, square, lr=corrected, unbias=unbias, decay=decay)
+        reference.step()
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_is_trained_by_one_optimizer(tiny: ModuleType):
+    torch.manual_seed(0)
+    model = tiny.GPT(VOCAB, ROW_TOKENS, CPU)
+    optimizer = tiny.Optimizer(model, CPU)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):  # what writes into the residual stream starts at 0, and holds up the others for two steps
+        model(*torch.randint(0, VOCAB, (2, 4, ROW_TOKENS))).backward()
+        optimizer.step(0.2)
+    assert [name for name, p in model.named_parameters() if torch.equal(before[name], p)] == []
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    banks = sum(len(bank.weights) for bank in optimizer.muon)
+    assert banks == tiny.DEPTH * 6 + 1  # q, k, v, out, up, down of each layer, and one gate
+
+
+def test_the_learning_rate_is_a_trapezoid(tmp_path: Path):
+    knobs = {"LR_SCALE": 2.0, "WARMUP_RATIO": 0.2, "WARMDOWN_RATIO": 0.4, "FINAL_LR_FRAC": 0.1}
+    module = module_of(tmp_path, **TINY | knobs)
+    got = [module.lr_scale(progress) for progress in (0.0, 0.1, 0.2, 0.6, 0.8, 1.0)]
+    assert got == pytest.approx([0.0, 1.0, 2.0, 2.0, 1.1, 0.2])
+
+
+# ---- knobs ----
+
+
+def knobs_of(source: str) -> dict[str, tuple[Any, str]]:
+    """Values and ranges of the knobs, by a second and simpler reader than raysearch's."""
+    found = re.findall(r"(?m)^([A-Z][A-Z0-9_]*) = (.+?)  # in ([\[{][^\]}]*[\]}](?: log)?): \S.*$", source)
+    return {name: (eval(value, {}), range_) for name, value, range_ in found}
+
+
+def in_range(value: Any, range_: str) -> bool:
+    bare = range_.removesuffix(" log")
+    if bare.startswith("{"):
+        return value in ast.literal_eval(bare)
+    low, high = ast.literal_eval(bare)
+    return low <= value <= high and (low > 0 or not range_.endswith("log"))
+
+
+def test_every_range_holds_its_value():
+    knobs = knobs_of(SOURCE)
+    assert 18 <= len(knobs) <= 24
+    assert len(re.findall(r"(?m)^[A-Z].*# in ", SOURCE)) == len(knobs)
+    assert [name for name, (value, range_) in knobs.items() if not in_range(value, range_)] == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_knobs_of_a_preset_are_in_range_and_keep_the_rules(preset: str):
+    knobs, changed = knobs_of(SOURCE), preset_knobs(preset)
+    assert set(changed) <= set(knobs)
+    for name, value in changed.items():
+        assert type(value) is type(knobs[name][0]), name
+        assert in_range(value, knobs[name][1]), name
+    rules = re.findall(r"(?m)^# rule: (.+)$", SOURCE)
+    assert rules
+    values = {"DEVICE_BATCH_SIZE": 0} | {name: value for name, (value, _) in knobs.items()} | changed
+    assert [rule for rule in rules if not eval(rule, {}, values)] == []
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("cpu", 1.3e6), ("rtx3060", 13.6e6), ("h100", 50.3e6)])
+def test_a_preset_is_a_model_of_the_intended_size(preset: str, parameters: float, tmp_path: Path):
+    facts = tomllib.loads((TRAINER / "presets" / f"{preset}.toml").read_text())["data"]
+    module = module_of(tmp_path, **preset_knobs(preset))
+    model = module.GPT(facts["vocab_size"], facts["row_tokens"], CPU)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.03)
+
+
+def test_the_program_knows_nothing_of_the_harness():
+    modules = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [alias.name for node in modules for alias in node.names]
+    names += [node.module for node in modules if isinstance(node, ast.ImportFrom) and node.module]
+    assert not [name for name in names if name.startswith(("trainer", "raysearch"))]
+
+
+# ---- trainings ----
+
+
+def test_it_learns_and_repeats_itself_bit_by_bit(data: Path, tmp_path: Path):
+    runs = [run_harness(program(**TINY), data, tmp_path / name, "--budget-tokens", "32768") for name in "ab"]
+    assert runs[0].result["outcome"] == "measured", runs[0].result["reason"]
+    assert runs[0].result["val_bpb"] == runs[1].result["val_bpb"]
+    # the language has three successors a token, log2(3) bits, and about 1.4 bytes a token
+    assert runs[0].result["val_bpb"] < 2.2
+    assert runs[0].result["depth"] == 2
+
+
+def test_gradient_accumulation_changes_no_more_than_rounding(data: Path, tmp_path: Path):
+    scores = []
+    for rows in (16, 4):
+        source = program(**TINY, DEVICE_BATCH_SIZE=rows)
+        ran = run_harness(source, data, tmp_path / str(rows), "--budget-tokens", "8192")
+        assert ran.result["micro_batch_rows"] == rows
+        scores.append(ran.result["val_bpb"])
+    assert scores[0] == pytest.approx(scores[1], rel=2e-3)
+
+
+def test_a_device_batch_that_does_not_divide_is_refused_with_the_valid_ones(data: Path, tmp_path: Path):
+    ran = run_harness(program(**TINY, DEVICE_BATCH_SIZE=3), data, tmp_path)
+    assert ran.exit_code == 3
+    assert "valid rows: 1, 2, 4, 8, 16" in ran.result["reason"]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "short rows": {"SEQ_LEN": 8},
+    "rows longer than those of the evaluation": {"SEQ_LEN": 64},
+    "windows, no value embeddings": {"WINDOW_PATTERN": "XXXL", "VALUE_EMBEDS": False, "DEPTH": 3},
+    "one layer, narrow": {"DEPTH": 1, "ASPECT_RATIO": 8, "MLP_RATIO": 1},
+    "schedule": {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.5, "FINAL_LR_FRAC": 0.2},
+    "no momentum warm-up": {"MOMENTUM_WARMUP": 0.0, "MUON_MOMENTUM": 0.7},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_other_knobs_train_as_well(name: str, data: Path, tmp_path: Path):
+    ran = run_harness(program(**TINY | VARIANTS[name]), data, tmp_path, "--budget-tokens", "8192")
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+    assert ran.result["val_bpb"] < math.log2(VOCAB) * 0.75
+
+
+def test_bfloat16_passes_the_check_for_leaks(data: Path, tmp_path: Path):
+    source = program(**TINY).replace("return torch.bfloat16 if native else torch.float32", "return torch.bfloat16")
+    ran = run_harness(source, data, tmp_path, "--budget-tokens", "8192")
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [64, 256, 511])
+def test_flex_windows_on_a_gpu_are_the_masked_dense_attention(window: int, tiny: ModuleType):
+    cuda = torch.device("cuda")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 512, 64, device=cuda, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = tiny.attention_mask(512, window, cuda)
+    got = torch.compile(tiny.attention, dynamic=False)(q, k, v, mask)
+    got.float().square().mean().backward()
+    places = torch.arange(512, device=cuda)
+    dense = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    seen = tiny.visible(window, places[:, None], places[None, :])
+    wanted = F.scaled_dot_product_attention(*dense, attn_mask=seen)
+    wanted.square().mean().backward()
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
+    for ours, theirs in zip((q, k, v), dense, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 2e-2
+
+
+@pytest.mark.gpu
+def test_a_trial_on_a_gpu_is_measured(data: Path, tmp_path: Path):
+    knobs = TINY | {"HEAD_DIM": 32, "ASPECT_RATIO": 32, "SEQ_LEN": 32}
+    ran = run_harness(program(**knobs), data, tmp_path, "--budget-tokens", "65536", "--device", "cuda")
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+    assert ran.result["val_bpb"] < 2.2
+    assert ran.result["peak_vram_mb"] >= ran.result["reserved_mb"] > 0
