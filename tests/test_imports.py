@@ -1,0 +1,97 @@
+"""The layering: pure modules import no adapter, adapters what is allowed, raysearch and trainer never one another."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PURE = {"errors", "model", "judge", "schedule", "study", "knobs", "patches", "wording", "tally"}
+TOP = {"coordinator", "run"}
+# what each adapter may import of the package beside the pure modules
+ALLOWED: dict[str, set[str]] = {
+    "objective": set(),
+    "profile": set(),
+    "journal": set(),
+    "ratchet": set(),
+    "runner": {"leftovers", "supervisor"},
+    "leftovers": set(),
+    "supervisor": set(),
+    "figure": set(),
+    "report": {"figure"},
+    "console": set(),
+    "data": {"objective"},
+    "config": {"objective"},
+    "proposers": set(),
+    "proposers.tune": {"proposers"},
+    "proposers.inbox": {"proposers"},
+    "asker": {"proposers"},
+    "executors": {"data", "profile", "runner"},
+    "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers"},
+    "folder": {"config", "journal", "ratchet"},
+}
+
+
+def modules(package: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in (ROOT / package).rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / package).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own(path: Path, package: str) -> set[str]:
+    """Modules of the package that a file imports, by their names within it."""
+    known = modules(package)
+    found: set[str] = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != package:
+            continue
+        for length in range(len(parts), 1, -1):
+            if ".".join(parts[1:length]) in known:
+                found.add(".".join(parts[1:length]))
+                break
+    return found
+
+
+def test_raysearch_and_trainer_never_import_one_another():
+    for one, other in (("raysearch", "trainer"), ("trainer", "raysearch")):
+        for path in modules(one).values():
+            assert not {name for name in imported(path) if name.split(".")[0] == other}, path
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_modules_import_pure_modules_alone(name: str):
+    assert own(modules("raysearch")[name], "raysearch") <= PURE
+
+
+@pytest.mark.parametrize("name", sorted(set(modules("raysearch")) - PURE - TOP - {"__init__"}))
+def test_adapters_import_what_the_table_allows(name: str):
+    assert own(modules("raysearch")[name], "raysearch") - PURE - {"__init__"} <= ALLOWED[name]
+
+
+def test_ray_is_imported_in_two_places():
+    found = {
+        name for name, path in modules("raysearch").items() if any(imp.split(".")[0] == "ray" for imp in imported(path))
+    }
+    assert found == {"executors.ray", "proposers.tune"}
+
+
+def test_the_command_line_starts_without_what_is_slow_to_import():
+    slow = ("ray", "torch", "optuna", "matplotlib", "pandas")
+    code = f"import sys, raysearch.run; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
