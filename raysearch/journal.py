@@ -6,18 +6,23 @@ returns, so that an effect that follows it never happens without its intent bein
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from raysearch.errors import UserError
 from raysearch.model import Event, Record
 
 FORMAT = 1
+LOCK_PATIENCE_S = 0.5  # whoever asks whether the study is driven holds the lock for a moment
 
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
 
@@ -51,21 +56,23 @@ class Journal:
 
     @staticmethod
     def is_driven(path: Path) -> bool:
-        """Whether a coordinator holds the journal now."""
-        if not path.with_suffix(".lock").exists():
-            return False
-        lock = FileLock(path.with_suffix(".lock"), is_singleton=False)
+        """Whether a coordinator holds the journal now; a study of somebody else may be asked about as well."""
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            descriptor = os.open(path.with_suffix(".lock"), os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
-        lock.release()
+        finally:
+            os.close(descriptor)
         return False
 
     def _take_lock(self) -> FileLock:
         lock = FileLock(self._path.with_suffix(".lock"), is_singleton=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise UserError(
                 f"study {self._path.parent.name!r} is driven by another coordinator; one at a time: "
@@ -78,61 +85,93 @@ class Journal:
             self._lock.release()
 
     def _open(self, writer: bool) -> sqlite3.Connection:
-        if not writer:
-            db = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, isolation_level=None)
-        else:
-            db = sqlite3.connect(self._path, isolation_level=None)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            if db.execute("PRAGMA user_version").fetchone() == (0,):
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS events"
-                    " (seq INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL)"
-                )
-                db.execute(f"PRAGMA user_version={FORMAT}")
-        found = db.execute("PRAGMA user_version").fetchone()[0]
-        if found != FORMAT:
+        place = self._path if writer else f"file:{quote(str(self._path))}?mode=ro"
+        db = sqlite3.connect(place, uri=not writer, isolation_level=None)
+        try:
+            self._check_format(db)
+            if writer:
+                db.execute("PRAGMA journal_mode=WAL")
+                db.execute("PRAGMA synchronous=FULL")
+                if _is_new(db):
+                    db.execute("BEGIN IMMEDIATE")  # a kill leaves a journal or an empty file, nothing in between
+                    db.execute(
+                        "CREATE TABLE events (seq INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL,"
+                        " body TEXT NOT NULL)"
+                    )
+                    db.execute(f"PRAGMA user_version={FORMAT}")
+                    db.execute("COMMIT")
+        except BaseException:
             db.close()
+            raise
+        return db
+
+    def _check_format(self, db: sqlite3.Connection) -> None:
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        if found == 0 and not _is_new(db):
+            raise UserError(f"{self._path} is no study journal, but a database of something else; move it away")
+        if found not in (0, FORMAT):
             raise UserError(
                 f"{self._path} has journal format {found}; this version reads {FORMAT}: use the version that made it"
             )
-        return db
 
     def append(self, event: Event, *, seq: int, at: float) -> Record:
-        """Writes one event and returns it as a record.
+        """Writes one event and returns it as a record, as a reader will see it.
 
         Args:
             event: What happened.
             seq: Its number: one more than the last, so that a second writer can only fail.
             at: Unix time in seconds.
+
+        Raises:
+            ValueError: The event holds something that could not be read again; nothing was written.
+            UserError: The disk does not take it.
         """
         kind = type(event).__name__
-        body = _ADAPTERS[kind].dump_json(event).decode()
+        adapter = _ADAPTERS[kind]
+        # Not pydantic's own JSON: it writes NaN as null and refuses half of a surrogate pair, both of which programs
+        # under search can print.
+        body = json.dumps(adapter.dump_python(event, mode="json", warnings="none"))
+        record = Record(seq, at, adapter.validate_python(json.loads(body)))
         try:
             self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (seq, at, kind, body))
-        except sqlite3.OperationalError as error:
+        except sqlite3.IntegrityError:
             raise UserError(
-                f"{self._path}: {error}; every event must be on the disk: free space and start again"
+                f"{self._path}: event {seq} is there already; one coordinator at a time: start this one again"
             ) from None
-        return Record(seq, at, event)
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"{self._path}: {error}; every event must be on the disk: see that there is space, and that no other "
+                "program writes to it, and start again"
+            ) from None
+        return record
 
     def read(self, *, after: int = 0) -> Iterator[Record]:
         """All events with a number greater than `after`, in order.
 
         Raises:
-            UserError: An event cannot be read.
+            UserError: An event cannot be read, or one is missing.
         """
-        rows = self._db.execute("SELECT seq, at, kind, body FROM events WHERE seq > ? ORDER BY seq", (after,))
+        last = after
         try:
+            if _is_new(self._db):  # its writer has only just begun
+                return
+            rows = self._db.execute("SELECT seq, at, kind, body FROM events WHERE seq > ? ORDER BY seq", (after,))
             for seq, at, kind, body in rows:
-                yield Record(seq, at, _ADAPTERS[kind].validate_json(body))
-        except (KeyError, ValidationError, sqlite3.DatabaseError) as error:
+                if seq != last + 1:
+                    raise UserError(f"{self._path}: event {last + 1} is missing; restore the journal from a copy")
+                yield Record(seq, at, _ADAPTERS[kind].validate_python(json.loads(body)))
+                last = seq
+        except (KeyError, ValueError, sqlite3.DatabaseError) as error:
             detail = str(error).splitlines()[0]
             raise UserError(
-                f"{self._path}: an event cannot be read ({detail}); use the version that wrote it, or a copy"
+                f"{self._path}: event {last + 1} cannot be read ({detail}); use the version that wrote it, or a copy"
             ) from None
 
     def close(self) -> None:
         """Closes the file and lets the next coordinator in."""
         self._db.close()
         self._release()
+
+
+def _is_new(db: sqlite3.Connection) -> bool:
+    return db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)

@@ -57,17 +57,23 @@ def waiting(inbox: Path) -> tuple[list[Item], list[tuple[Path, str]]]:
     bad: list[tuple[Path, str]] = []
     for path in sorted(inbox.glob("*.json")):
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
-            idea = Idea(
-                patch=str(found["patch"]),
-                operator=Operator.DRAFT,
-                hypothesis=str(found["why"]),
-                proposer=str(found["by"]),
-            )
-            items.append(Item(path, idea, tuple(str(slug) for slug in found["profiles"])))
+            items.append(_item(path))
         except (OSError, ValueError, KeyError, TypeError) as error:
             bad.append((path, f"{type(error).__name__}: {error}"))
     return items, bad
+
+
+def _item(path: Path) -> Item:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    patch, why, by, profiles = (found[key] for key in ("patch", "why", "by", "profiles"))
+    if not isinstance(profiles, list):
+        raise TypeError("profiles must be a list")
+    texts = [patch, why, by, *profiles]  # pyright: ignore[reportUnknownVariableType] - what JSON gives
+    if not all(isinstance(text, str) for text in texts):  # pyright: ignore[reportUnknownVariableType]
+        raise TypeError("patch, why, by and profiles must be text")
+    "".join(texts).encode()  # pyright: ignore[reportUnknownArgumentType] - JSON may hold half a character
+    idea = Idea(patch=patch, operator=Operator.DRAFT, hypothesis=why, proposer=by)
+    return Item(path, idea, tuple(profiles))  # pyright: ignore[reportUnknownArgumentType]
 
 
 def take(path: Path) -> None:
