@@ -196,11 +196,12 @@ def test_ctrl_c_once_drains_and_a_second_coordinator_is_refused(command: Command
 
 
 def test_ctrl_c_twice_stops_at_once_and_leaves_nothing_running(command: Command):
+    (command.folder / "score.py").write_text(SCORE.replace("time.sleep(0.7)", "time.sleep(20)"))
     process = command.start("--study", "stopped", "--objective", "objective.toml", "--cpu-slots", "2")
     command.reaches("stopped", lambda study: len(study.running) == 2)
     for _ in range(2):
         os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.8)
     process.communicate(timeout=60)
     assert process.returncode == 130
     assert left(command.folder) == []
