@@ -7,13 +7,11 @@ coordinator that was killed anywhere is started again and goes on. It decides no
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from raysearch import __version__, objective
 from raysearch.asker import Asker
@@ -50,7 +48,7 @@ from raysearch.patches import Conflict, Empty, PatchError
 from raysearch.profile import base_slug, same_profile, with_slug
 from raysearch.proposers import Idea, Proposer, Request, Told, inbox
 from raysearch.ratchet import GitError, Moved, Ratchet, step_message
-from raysearch.runner import RunResult, RunSpec
+from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
 from raysearch.study import (
     Ask,
@@ -505,10 +503,7 @@ class Coordinator:
             target = self._folder.trials / trial_id / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-        finished = TrialFinished(
-            trial_id, attempt, result.outcome, result.reason, result.measurement, log_tail=result.log_tail
-        )
-        self._record(finished)
+        self._record(_finished(trial_id, attempt, result))
         if result.measurement:
             self._wall_s[state.trial.profile] = result.measurement.wall_s
         self._tell(state.trial, result.outcome, result.measurement)
@@ -526,9 +521,10 @@ class Coordinator:
     def _recover(self) -> None:
         """Takes in results that a killed coordinator did not come to journal."""
         for trial_id, state in list(self._study.running.items()):
-            found = _finished(self._folder, trial_id, state.attempt)
-            if found is not None:
-                self._record(found)
+            out = self._folder.trials / trial_id
+            result = read_result(out, metric=self._objective.metric, attempt=state.attempt)
+            if result is not None and not result.outcome.is_infrastructure:
+                self._record(_finished(trial_id, state.attempt, result))
 
     def _teach(self) -> None:
         for state in self._study.trials.values():
@@ -536,17 +532,8 @@ class Coordinator:
                 self._tell(state.trial, state.outcome, state.measurement)
 
 
-def _finished(folder: Folder, trial_id: str, attempt: int) -> TrialFinished | None:
-    """What a run left on this disk, if it ended by itself."""
-    try:
-        found: Mapping[str, Any] = json.loads((folder.trials / trial_id / "outcome.json").read_text())
-    except (OSError, ValueError):
-        return None
-    outcome = Outcome(found["outcome"])
-    if found["attempt"] != attempt or outcome.is_infrastructure:
-        return None
-    measurement = Measurement(**found["measurement"]) if found["measurement"] else None
-    return TrialFinished(trial_id, attempt, outcome, found["reason"], measurement, log_tail=found["log_tail"])
+def _finished(trial_id: str, attempt: int, result: RunResult) -> TrialFinished:
+    return TrialFinished(trial_id, attempt, result.outcome, result.reason, result.measurement, log_tail=result.log_tail)
 
 
 def _subject(proposal: Proposal) -> str:

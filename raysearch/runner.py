@@ -1,46 +1,36 @@
 """On the worker: runs one trial in a process group of its own, under limits, and leaves one result and no process.
 
-Two sides. `Run` is used by a slot: it starts `python -m raysearch.runner`, the supervisor, and reads what that wrote.
-The supervisor starts the trial, watches its clock from outside, and ends every process that the trial has left. It
-holds the reading end of a pipe from the slot: when the slot dies, for whatever reason, the pipe closes and the trial
-is ended. Neither side judges a result.
+`Run` starts a `supervisor`, which starts the trial, watches its clock from outside and ends every process that it has
+left; `read_result` says what came of it. Neither judges a result.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
-import os
-import resource
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-import psutil
-
+from raysearch import leftovers, supervisor
 from raysearch.model import Measurement, Outcome
 
-LOG_LIMIT_BYTES = 64 * 2**20
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 4000
-GRACE_S = 3.0
+LOG_BYTES = 2**20  # of an output, the end: what is searched for the metric, and sent to the coordinator
+RETURNED_BYTES = 64 * 2**20  # of any other file that is sent; a longer one is not
 CLOCK_TOLERANCE_S = 5.0
-STUDY_MARKER = "RAYSEARCH_STUDY"
-SESSION_MARKER = "RAYSEARCH_SESSION"
-RETURNED_FILES = ("run.log", "result.json", "curve.jsonl", "documents.npz", "outcome.json")
+STUDY_MARK = "RAYSEARCH_STUDY"
+SESSION_MARK = "RAYSEARCH_SESSION"
+SLOT_MARK = "RAYSEARCH_SLOT"
+RETURNED_FILES = ("run.log", "result.json", "curve.jsonl", "documents.npz", "exit.json")
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _EXIT_CODES = {3: Outcome.INVALID, 4: Outcome.OUT_OF_MEMORY}
 _INFRASTRUCTURE_EXIT = 2  # the harness could not run at all: no data, wrong usage
 
@@ -91,9 +81,6 @@ class RunResult:
     files: dict[str, bytes] = dataclasses.field(default_factory=dict[str, bytes])
 
 
-# ---- the slot's side ----
-
-
 class Run:
     """An attempt in flight.
 
@@ -102,34 +89,34 @@ class Run:
         out: Folder for what the run leaves; emptied first.
         data: Folder of the prepared data, empty if the objective has none.
         env: Environment of the trial beside what is set here on purpose.
+        slot: Id of the slot, which runs one trial at a time.
     """
 
-    def __init__(self, spec: RunSpec, *, out: Path, data: str, env: Mapping[str, str]) -> None:
-        self._out = out
+    def __init__(self, spec: RunSpec, *, out: Path, data: str, env: Mapping[str, str], slot: str) -> None:
+        self._spec, self._out, self._slot = spec, out, slot
         shutil.rmtree(out, ignore_errors=True)
         work = out / "work"
+        work.mkdir(parents=True)
         for path, text in spec.files.items():
             target = work / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
         places = {"{python}": sys.executable, "{data}": data, "{out}": str(out), "{seed}": str(spec.seed)}
-        trial_env = trial_environment(env, spec)
+        trial_env = trial_environment(env, spec, slot)
         order = {
             "command": [_filled(argument, places) for argument in spec.command],
             "env": trial_env,
             "attempt": spec.attempt,
-            "metric": spec.metric,
             "startup_limit_s": spec.startup_limit_s,
             "total_limit_s": spec.total_limit_s,
             "niceness": spec.niceness,
         }
         (out / "order.json").write_text(json.dumps(order))
         with (out / "supervisor.log").open("wb") as log:
-            self._supervisor = subprocess.Popen(
-                # -P: nothing in the current folder can shadow a module of the supervisor
-                [sys.executable, "-P", "-m", "raysearch.runner", str(out)],
+            self._starter = subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, str(out)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
                 env=trial_env,
@@ -137,30 +124,33 @@ class Run:
 
     def wait(self) -> RunResult:
         """Waits for the end and reads the result; LOST if the supervisor itself was killed."""
-        self._supervisor.wait()
-        if self._supervisor.stdin:
-            self._supervisor.stdin.close()
-        try:
-            found: dict[str, Any] = json.loads((self._out / "outcome.json").read_text())
-        except (OSError, ValueError):
-            tail = log_tail(self._out / "supervisor.log")
-            return RunResult(Outcome.LOST, f"the supervisor ended with {self._supervisor.returncode}", log_tail=tail)
-        measurement = Measurement(**found["measurement"]) if found["measurement"] else None
-        return RunResult(Outcome(found["outcome"]), found["reason"], measurement, found["log_tail"])
+        assert self._starter.stdin is not None
+        assert self._starter.stdout is not None
+        self._starter.wait()
+        self._starter.stdout.read()  # nothing is written: it ends with the supervisor
+        self._starter.stdin.close()
+        self._starter.stdout.close()
+        result = read_result(self._out, metric=self._spec.metric, attempt=self._spec.attempt)
+        if result is not None:
+            return result
+        sweep(self._spec.study, session=self._spec.session, slot=self._slot)  # nobody has ended the trial's tree
+        said = log_tail(self._out / "supervisor.log")
+        return RunResult(Outcome.LOST, f"its supervisor failed: {said.splitlines()[-1] if said else 'it was killed'}")
 
     def cancel(self) -> None:
         """Asks the supervisor to end the trial now; `wait` then returns CANCELLED."""
-        if self._supervisor.stdin and not self._supervisor.stdin.closed:
-            self._supervisor.stdin.close()
+        assert self._starter.stdin is not None
+        self._starter.stdin.close()
 
     def progress(self) -> dict[str, Any]:
         """What the program last said of itself (phase, progress 0 to 1, at); empty if nothing."""
         return _json_or_empty(self._out / "progress.json")
 
 
-def trial_environment(env: Mapping[str, str], spec: RunSpec) -> dict[str, str]:
+def trial_environment(env: Mapping[str, str], spec: RunSpec, slot: str) -> dict[str, str]:
     """The environment of a trial: inherited, with threads set on purpose and marks to find its processes by."""
-    dropped = {"PYTHONDONTWRITEBYTECODE"}  # it doubles a trial's start-up
+    # The first doubles a trial's start-up, the others are what Ray's workers need and nobody else does.
+    dropped = {"PYTHONDONTWRITEBYTECODE", "PYTHONBREAKPOINT", "SPT_NOENV"}
     kept = {name: value for name, value in env.items() if name not in dropped and not name.startswith("RAY_")}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         kept.pop(name, None)  # Ray sets 1 for its actors
@@ -170,169 +160,75 @@ def trial_environment(env: Mapping[str, str], spec: RunSpec) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",
-        STUDY_MARKER: spec.study,
-        SESSION_MARKER: spec.session,
+        STUDY_MARK: spec.study,
+        SESSION_MARK: spec.session,
+        SLOT_MARK: slot,
     }
 
 
-def sweep(study: str, *, session: str) -> list[int]:
-    """Ends what earlier sessions of a study left running on this machine; returns the process ids."""
-    ended: list[int] = []
-    for process in psutil.process_iter():
-        try:
-            env = process.environ()
-            if env.get(STUDY_MARKER) == study and env.get(SESSION_MARKER) != session:
-                process.kill()
-                ended.append(process.pid)
-        except psutil.Error:
-            continue  # gone meanwhile, or somebody else's
-    return ended
+def sweep(study: str, *, session: str, slot: str | None = None) -> list[int]:
+    """Ends what a study left running on this machine.
+
+    Args:
+        study: Id of the study.
+        session: Id of the session that goes on: what others have left is ended.
+        slot: A slot with no trial; what is left of an earlier one there is ended too.
+
+    Returns:
+        The ids of the processes.
+    """
+
+    def matches(marks: Mapping[str, str]) -> bool:
+        if marks.get(STUDY_MARK) != study:
+            return False
+        if SESSION_MARK not in marks:  # a process that shows a title of its own may have lost part of its environment
+            return False
+        return marks[SESSION_MARK] != session or (slot is not None and marks.get(SLOT_MARK) == slot)
+
+    return leftovers.end(matches)
 
 
-def returned_files(out: Path) -> dict[str, bytes]:
-    """The files of a run that are worth sending to the coordinator; a long log by its end."""
-    return {name: _end_of(out / name) for name in RETURNED_FILES if (out / name).exists()}
+# ---- what came of it ----
 
 
-def log_tail(path: Path) -> str:
-    """The last lines of an output, without terminal control characters."""
-    text = _end_of(path, LOG_TAIL_BYTES).decode(errors="replace") if path.exists() else ""
-    lines = ["".join(char for char in line if char.isprintable() or char == "\t") for line in text.splitlines()]
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+def read_result(out: Path, *, metric: str, attempt: int) -> RunResult | None:
+    """What an attempt came to, by what its supervisor and its program left.
+
+    Args:
+        out: Its folder.
+        metric: Name of the number that counts.
+        attempt: Its number.
+
+    Returns:
+        None if the supervisor of that attempt did not come to its end.
+    """
+    found = _json_or_empty(out / "exit.json")
+    if found.get("attempt") != attempt:
+        return None
+    if found["ended"]:
+        result = RunResult(Outcome(found["ended"]), found["reason"])
+    elif found["code"] == 0:
+        result = _measured(out, metric, found["wall_s"])
+    else:
+        result = _failure(found["code"], out)
+    if result.outcome is Outcome.MEASURED:
+        return result
+    return dataclasses.replace(result, log_tail=log_tail(out / "run.log"))
 
 
-def _end_of(path: Path, limit: int = 2**20) -> bytes:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - limit))
-        return file.read()
-
-
-def _filled(argument: str, places: Mapping[str, str]) -> str:
-    for place, value in places.items():
-        argument = argument.replace(place, value)
-    return argument
-
-
-def _json_or_empty(path: Path) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownVariableType]
-
-
-# ---- the supervisor's side ----
-
-
-def supervise(out: Path) -> None:
-    """Runs the trial that `order.json` describes and writes `outcome.json` when none of its processes is left."""
-    order: dict[str, Any] = json.loads((out / "order.json").read_text())
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a grandchild that daemonises comes back to us
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the pipe says when to stop
-    started = time.monotonic()
-    with (out / "run.log").open("wb") as log:
-        process = subprocess.Popen(
-            order["command"],
-            cwd=out / "work",
-            env={**order["env"], "RAYSEARCH_SPAWNED_AT": repr(time.time())},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: _in_child(order["niceness"]),  # noqa: PLW1509 - this process has one thread
-        )
-    stopped = _watch(process, order, out, started)
-    _end_all(process)
-    wall_s = time.monotonic() - started
-    result = stopped if stopped else _outcome(process.returncode, out, order["metric"], wall_s)
-    written = {
-        "attempt": order["attempt"],
-        "outcome": result.outcome.value,
-        "reason": result.reason,
-        "measurement": dataclasses.asdict(result.measurement) if result.measurement else None,
-        "log_tail": "" if result.outcome is Outcome.MEASURED else log_tail(out / "run.log"),
-    }
-    (out / "outcome.json.tmp").write_text(json.dumps(written))
-    (out / "outcome.json.tmp").replace(out / "outcome.json")
-
-
-def _in_child(niceness: int) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a killed supervisor takes the trial along
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(PermissionError):  # Ray's workers may be nicer than we may be
-        os.setpriority(os.PRIO_PROCESS, 0, niceness)
-
-
-def _watch(process: subprocess.Popen[bytes], order: Mapping[str, Any], out: Path, started: float) -> RunResult | None:
-    """Waits for the trial's end, and ends it early when a limit is passed or the slot is gone; says why, if so."""
-    exit_fd = os.pidfd_open(process.pid)
-    slot_fd = sys.stdin.fileno()
-    starting = order["startup_limit_s"] > 0
-    try:
-        while True:
-            ready, _, _ = select.select([exit_fd, slot_fd], [], [], 0.5)
-            if exit_fd in ready:
-                process.wait()
-                return None
-            if slot_fd in ready and not os.read(slot_fd, 1):
-                return RunResult(Outcome.CANCELLED, "stopped by its slot")
-            elapsed_s = time.monotonic() - started
-            if starting:
-                starting = _json_or_empty(out / "progress.json").get("phase", "start") in ("start", "first_step")
-            if starting and elapsed_s > order["startup_limit_s"]:
-                limit_s = order["startup_limit_s"]
-                return RunResult(Outcome.TIMED_OUT, f"no first step within the start-up limit of {limit_s:g} s")
-            if elapsed_s > order["total_limit_s"]:
-                return RunResult(Outcome.TIMED_OUT, f"not done within {order['total_limit_s']:g} s in all")
-            if (out / "run.log").stat().st_size > LOG_LIMIT_BYTES:
-                return RunResult(Outcome.CRASHED, f"it printed more than {LOG_LIMIT_BYTES // 2**20} MiB")
-    finally:
-        os.close(exit_fd)
-
-
-def _end_all(process: subprocess.Popen[bytes]) -> None:
-    """Ends the whole tree: the trial may have started compile workers, data loaders, daemons."""
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-    _signal_group(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + GRACE_S
-    while time.monotonic() < deadline:
-        left = psutil.Process().children(recursive=True)  # whatever left the group is our child by now
-        if not left:
-            return
-        for child in left:
-            try:
-                child.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(left, timeout=0.2)
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
-
-
-def _outcome(code: int, out: Path, metric: str, wall_s: float) -> RunResult:
+def _measured(out: Path, metric: str, wall_s: float) -> RunResult:
     result = _json_or_empty(out / "result.json")
-    if code != 0:
-        return _failure(code, out, str(result.get("reason") or "").strip())
     value = result.get(metric) if result else _printed(out / "run.log", metric)
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         return RunResult(Outcome.INVALID, f"it ended well, but gave no finite number `{metric}: …`")
     total_s = result.get("total_seconds", wall_s)
-    if abs(total_s - wall_s) > max(CLOCK_TOLERANCE_S, 0.1 * wall_s):
-        return RunResult(
-            Outcome.INVALID, f"it says that it took {total_s:.1f} s; measured from outside: {wall_s:.1f} s"
-        )
+    if not _is_number(total_s) or abs(total_s - wall_s) > max(CLOCK_TOLERANCE_S, 0.1 * wall_s):
+        return RunResult(Outcome.INVALID, f"it says that it took {total_s} s; measured from outside: {wall_s:.1f} s")
     return RunResult(Outcome.MEASURED, "", _measurement(result, float(value), wall_s))
 
 
-def _failure(code: int, out: Path, reason: str) -> RunResult:
+def _failure(code: int, out: Path) -> RunResult:
+    reason = str(_json_or_empty(out / "result.json").get("reason") or "").strip()
     said = reason or _last_line(out) or f"exit code {code}"
     if code in _EXIT_CODES:
         return RunResult(_EXIT_CODES[code], said)
@@ -340,30 +236,42 @@ def _failure(code: int, out: Path, reason: str) -> RunResult:
         return RunResult(Outcome.LOST, f"it could not be run here: {said}")
     if code == -signal.SIGKILL:
         return RunResult(Outcome.CRASHED, "killed from outside; the machine may have run out of memory")
+    if code < 0:
+        return RunResult(Outcome.CRASHED, f"killed by signal {-code} ({signal.strsignal(-code)}); last line: {said}")
     return RunResult(Outcome.CRASHED, said)
 
 
 def _measurement(result: Mapping[str, Any], value: float, wall_s: float) -> Measurement:
-    named = {"training_seconds", "peak_vram_mb", "holdout_bpb"}
-    facts = {
-        name: float(number)
-        for name, number in result.items()
-        if isinstance(number, int | float) and not isinstance(number, bool) and name not in named
-    }
+    numbers = _numbers(result)  # anything else, NaN included, could not be read back from the journal
+    named = ("training_seconds", "peak_vram_mb", "holdout_bpb")
+    parts = result.get("seconds")
     return Measurement(
         value=value,
         wall_s=wall_s,
-        holdout=result.get("holdout_bpb"),
-        training_s=float(result.get("training_seconds", 0.0)),
-        peak_vram_mb=float(result.get("peak_vram_mb", 0.0)),
-        parts_s={name: float(seconds or 0.0) for name, seconds in result.get("seconds", {}).items()},
-        facts=facts,
+        holdout=numbers.get("holdout_bpb"),
+        training_s=numbers.get("training_seconds", 0.0),
+        peak_vram_mb=numbers.get("peak_vram_mb", 0.0),
+        parts_s=_numbers(parts) if isinstance(parts, dict) else {},  # pyright: ignore[reportUnknownArgumentType]
+        facts={name: number for name, number in numbers.items() if name not in named},
     )
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in table.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond a float's range
+        return False
 
 
 def _printed(log: Path, metric: str) -> float | None:
     """The last `metric: number` of the output."""
-    for line in reversed(_end_of(log).decode(errors="replace").splitlines()):
+    for line in reversed(_end_of(log, LOG_BYTES).decode(errors="replace").splitlines()):
         name, colon, number = line.strip().partition(":")
         if colon and name.strip() == metric:
             try:
@@ -378,5 +286,39 @@ def _last_line(out: Path) -> str:
     return lines[-1][:300] if lines else ""
 
 
-if __name__ == "__main__":
-    supervise(Path(sys.argv[1]))
+def log_tail(path: Path) -> str:
+    """The last lines of an output, without terminal control characters."""
+    text = _end_of(path, LOG_TAIL_BYTES).decode(errors="replace")
+    lines = ["".join(char for char in line if char.isprintable() or char == "\t") for line in text.splitlines()]
+    return "\n".join(lines[-LOG_TAIL_LINES:])
+
+
+def returned_files(out: Path) -> dict[str, bytes]:
+    """The files of a run that are worth sending to the coordinator; a long log by its end."""
+    found = {name: out / name for name in RETURNED_FILES if (out / name).exists()}
+    whole = {name: path for name, path in found.items() if path.stat().st_size <= RETURNED_BYTES}
+    logs = {name: _end_of(path, LOG_BYTES) for name, path in found.items() if path.suffix == ".log"}
+    return {name: _end_of(path, RETURNED_BYTES) for name, path in whole.items()} | logs
+
+
+def _end_of(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - limit))
+            return file.read()
+    except OSError:  # the trial may have removed it
+        return b""
+
+
+def _filled(argument: str, places: Mapping[str, str]) -> str:
+    for place, value in places.items():
+        argument = argument.replace(place, value)
+    return argument
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}  # pyright: ignore[reportUnknownVariableType]

@@ -1,5 +1,6 @@
 """The supervisor, for real: outcomes, limits, and nothing left running."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raysearch.model import Outcome
-from raysearch.runner import SESSION_MARKER, STUDY_MARKER, Run, RunResult, RunSpec, sweep
-
-MARK = "RAYSEARCH_TEST_MARK"
+from raysearch.model import Measurement, Outcome
+from raysearch.runner import SESSION_MARK, SLOT_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
 
 
 def spec(program: str, **changes: object) -> RunSpec:
@@ -36,7 +35,7 @@ def spec(program: str, **changes: object) -> RunSpec:
 
 
 def run(tmp_path: Path, program: str, **changes: object) -> RunResult:
-    result = Run(spec(program, **changes), out=tmp_path / "out", data="", env=dict(os.environ)).wait()
+    result = Run(spec(program, **changes), out=tmp_path / "out", data="", env=dict(os.environ), slot="here:cpu0").wait()
     assert left(tmp_path) == []
     return result
 
@@ -70,6 +69,8 @@ def test_last_printed_metric_is_the_measurement(tmp_path: Path):
         ("import sys; print('too big'); sys.exit(4)", Outcome.OUT_OF_MEMORY, "too big"),
         ("import sys; print('not causal'); sys.exit(3)", Outcome.INVALID, "not causal"),
         ("import os; os.kill(os.getpid(), 9)", Outcome.CRASHED, "killed from outside"),
+        ("import os; os.kill(os.getpid(), 11)", Outcome.CRASHED, "killed by signal 11 (Segmentation fault)"),
+        ("import os; os.remove('../run.log')", Outcome.INVALID, "no finite number"),
         ("import sys; print('no data here'); sys.exit(2)", Outcome.LOST, "no data"),
     ],
 )
@@ -120,7 +121,9 @@ print('score: 1')
 
 
 def test_cancel_ends_the_trial(tmp_path: Path):
-    attempt = Run(spec("import time; time.sleep(600)"), out=tmp_path / "out", data="", env=dict(os.environ))
+    attempt = Run(
+        spec("import time; time.sleep(600)"), out=tmp_path / "out", data="", env=dict(os.environ), slot="here:cpu0"
+    )
     threading.Timer(1.0, attempt.cancel).start()
     assert attempt.wait().outcome is Outcome.CANCELLED
     assert left(tmp_path) == []
@@ -139,40 +142,130 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_runner import spec
 from raysearch.runner import Run
-run = Run(spec("import time; time.sleep(600)"), out=Path({out!r}), data="", env=dict(os.environ))
+run = Run(spec({program!r}), out=Path({out!r}), data="", env=dict(os.environ), slot="here:cpu0")
 print("started", flush=True)
 run.wait()
 """
 
 
-@pytest.mark.parametrize("victim", ["slot", "supervisor"])
-def test_death_of_slot_or_supervisor_ends_the_trial(tmp_path: Path, victim: str):
-    code = SLOT.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out"))
+TREE = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
+time.sleep(600)
+"""
+
+
+def supervisor_of(out: Path) -> psutil.Process:
+    (found,) = [
+        process
+        for process in psutil.process_iter()
+        if process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[-1:] == [str(out)]
+    ]
+    return found
+
+
+def test_death_of_the_slot_ends_the_trial(tmp_path: Path):
+    code = SLOT.format(tests=str(Path(__file__).parent), out=str(tmp_path / "out"), program=TREE)
     slot = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert slot.stdout is not None
     assert slot.stdout.readline() == "started\n"
-    wait_until(lambda: left(tmp_path) != [])
-    target = slot.pid if victim == "slot" else psutil.Process(slot.pid).children()[0].pid
-    os.kill(target, signal.SIGKILL)
+    wait_until(lambda: len(left(tmp_path)) == 2)
+    for child in psutil.Process(slot.pid).children():
+        child.kill()  # Ray does this to the children of a worker that it ends
+    slot.kill()
     slot.wait()
     slot.stdout.close()
     wait_until(lambda: left(tmp_path) == [])
+    wait_until((tmp_path / "out/exit.json").exists)
 
 
-def test_sweep_ends_what_an_earlier_session_left_and_nothing_else(tmp_path: Path):
-    def sleeper(study: str, session: str) -> subprocess.Popen[bytes]:
-        env = os.environ | {STUDY_MARKER: study, SESSION_MARKER: session}
+def test_death_of_the_supervisor_ends_the_whole_tree_and_loses_the_run(tmp_path: Path):
+    out = tmp_path / "out"
+    attempt = Run(spec(TREE), out=out, data="", env=dict(os.environ), slot="here:cpu0")
+    wait_until(lambda: len(left(tmp_path)) == 2)
+    supervisor_of(out).kill()
+    result = attempt.wait()
+    assert result.outcome is Outcome.LOST
+    assert "it was killed" in result.reason
+    assert left(tmp_path) == []
+
+
+def test_a_supervisor_that_fails_says_why(tmp_path: Path):
+    result = run(tmp_path, "import os; os.mkdir('../exit.json.tmp')")
+    assert result.outcome is Outcome.LOST
+    assert "IsADirectoryError" in result.reason
+
+
+def test_a_command_that_is_not_there_is_the_machine_s_fault_and_is_named(tmp_path: Path):
+    result = run(tmp_path, "", command=("no-such-program",))
+    assert result.outcome is Outcome.LOST
+    assert "no-such-program" in result.reason
+
+
+def test_a_trial_gets_an_environment_made_on_purpose(tmp_path: Path):
+    inherited = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "64", "RAY_JOB_ID": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    program = (
+        "import json, os, signal; print(json.dumps(dict(os.environ))); print(os.nice(0))\n"
+        "print(len(signal.pthread_sigmask(signal.SIG_BLOCK, ())), signal.getsignal(signal.SIGTERM).name)"
+    )
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as in a worker of Ray's
+    try:
+        changed = spec(program, threads=3, niceness=os.nice(0) + 7)
+        Run(changed, out=tmp_path / "out", data="", env=inherited, slot="here:cpu0").wait()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    printed, nice, signals = (tmp_path / "out/run.log").read_text().splitlines()
+    env = json.loads(printed)
+    assert {name: env.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} == dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "3"
+    )
+    assert not {"RAY_JOB_ID", "PYTHONDONTWRITEBYTECODE"} & env.keys()
+    assert float(env["RAYSEARCH_SPAWNED_AT"]) == pytest.approx(time.time(), abs=60)
+    assert int(nice) == os.nice(0) + 7
+    assert signals == "0 SIG_DFL"
+
+
+def test_numbers_that_the_journal_could_not_hold_are_left_out(tmp_path: Path):
+    program = """
+import json, math
+parts = {'train': math.inf, 'eval': 3}
+result = {'score': 1.0, 'mfu_percent': math.nan, 'steps': 10**400, 'fine': 2, 'seconds': parts}
+json.dump(result, open('../result.json', 'w'))
+"""
+    result = run(tmp_path, program)
+    assert result.measurement == Measurement(
+        1.0,
+        wall_s=result.measurement.wall_s if result.measurement else 0,
+        parts_s={"eval": 3.0},
+        facts={"score": 1.0, "fine": 2.0},
+    )
+
+
+def test_files_are_returned_whole_and_only_a_log_by_its_end(tmp_path: Path):
+    (tmp_path / "run.log").write_bytes(b"x" * 2**21)
+    (tmp_path / "documents.npz").write_bytes(bytes(range(256)) * 2**13)
+    files = returned_files(tmp_path)
+    assert {name: len(content) for name, content in files.items()} == {"run.log": 2**20, "documents.npz": 2**21}
+
+
+def test_sweep_ends_what_earlier_sessions_and_its_own_slot_have_left_and_nothing_else(tmp_path: Path):
+    def sleeper(study: str, session: str, slot: str) -> subprocess.Popen[bytes]:
+        env = os.environ | {STUDY_MARK: study, SESSION_MARK: session, SLOT_MARK: slot}
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=env, cwd=tmp_path)
 
-    old, current, foreign = sleeper("test-study", "s0"), sleeper("test-study", "s1"), sleeper("other", "s0")
+    old, other_slot, foreign = sleeper("test", "s0", "a"), sleeper("test", "s1", "b"), sleeper("other", "s0", "a")
+    own_slot = sleeper("test", "s1", "a")
     try:
-        wait_until(lambda: len(left(tmp_path)) == 3)
-        assert sweep("test-study", session="s1") == [old.pid]
+        wait_until(lambda: len(left(tmp_path)) == 4)
+        assert sweep("test", session="s1") == [old.pid]
         assert old.wait(5) == -signal.SIGKILL
-        assert current.poll() is None
+        assert sweep("test", session="s1", slot="a") == [own_slot.pid]
+        assert own_slot.wait(5) == -signal.SIGKILL
+        assert other_slot.poll() is None
         assert foreign.poll() is None
     finally:
-        for process in (old, current, foreign):
+        for process in (old, other_slot, foreign, own_slot):
             process.kill()
             process.wait()
 

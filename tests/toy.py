@@ -18,6 +18,7 @@ from raysearch import folder as folders
 from raysearch.config import StudyConfig, parse_config
 from raysearch.console import Console
 from raysearch.coordinator import Coordinator, Session
+from raysearch.errors import UserError
 from raysearch.executors import Report, RunEnded, SlotInfo, SlotJoined, SlotLeft
 from raysearch.folder import Folder
 from raysearch.journal import Journal
@@ -100,6 +101,8 @@ class ToyExecutor:
         ]
 
     def start(self, slot_id: str, spec: RunSpec) -> None:
+        if slot_id not in self.slots:
+            raise UserError(f"slot {slot_id!r} is not there")
         slot = self.slots[slot_id]
         assert slot.running is None, f"{slot_id} is busy with {slot.running}"
         slot.running, slot.ends_at = spec, self.clock.now + RUN_S * random.Random(spec.trial_id).uniform(0.8, 1.2)

@@ -9,14 +9,19 @@ dead actor is reported as a lost run and a slot that left, and a new actor is ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +31,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # trials set their own
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysearch import objective, profile
+from raysearch import leftovers, objective, profile
 from raysearch.data import prepare
 from raysearch.errors import UserError
 from raysearch.executors import (
@@ -43,12 +49,27 @@ from raysearch.executors import (
 )
 from raysearch.model import Outcome
 from raysearch.profile import Hardware
-from raysearch.runner import Run, RunResult, RunSpec, returned_files, sweep
+from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
 
 OBJECT_STORE_BYTES = 100 * 2**20  # results are small, and the machine may be
 NODES_EVERY_S = 5.0
 PROGRESS_EVERY_S = 1.0
 MAX_FAILURES = 3
+REACH_LIMIT_S = 5.0
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
+CLOSE_LIMIT_S = 10.0  # supervisors end their trees within their grace periods, which are shorter
+LONGEST_FOLDER = 40  # Ray puts sockets into it, under names of 63 to 67 characters, and a socket's path has at most 107
+
+
+_TOKEN = secrets.token_hex(32)  # of the Ray that is started here: without one Ray writes one into the home folder
+
+
+def _say_nothing(*_args: Any, **_options: Any) -> None:
+    pass
+
+
+# Ray prints deaths of workers to stdout whatever `log_to_driver` says; here they are reports of `poll`.
+ray_worker.print_to_stdstream = _say_nothing
 
 
 @dataclass(frozen=True)
@@ -77,18 +98,23 @@ class SlotPlan:
 class _Slot:
     """The actor: owns one device, runs one trial at a time, each in processes of its own."""
 
-    def __init__(self, plan: SlotPlan, place: str, device: str, scratch: str) -> None:
+    def __init__(self, plan: SlotPlan, host: str, place: str, device: str) -> None:
         self._plan = plan
+        self._host = host
         self._place = place
         self._device = device
-        self._scratch = Path(scratch)
         self._data = ""
+        self._slot_id = ""
         self._shares_disk = (Path(plan.folder) / plan.token).exists()
-        self._run: Run | None = None
+        self._run: tuple[str, int, Run] | None = None
+        self._cancelled: set[tuple[str, int]] = set()
 
     def describe(self) -> SlotInfo:
         """Finds out what the slot is made of and sees to its data; takes long when data must be made first."""
         hardware = self._hardware()
+        self._slot_id = f"{self._host}:{hardware.uuid[:12]}" if hardware.uuid else self._place
+        # Of earlier sessions on this machine, and of an actor of this one that died here.
+        sweep(self._plan.study, session=self._plan.session, slot=self._slot_id)
         preset, data = "", None
         if self._plan.preset:
             presets = objective.load_presets()
@@ -99,8 +125,7 @@ class _Slot:
             preset = chosen.name
             data = prepare(chosen, self._plan.datasets.get(preset) or self._plan.dataset or None)
             self._data = data.folder
-        slot_id = f"{self._place}:{hardware.uuid[:12]}" if hardware.uuid else self._place
-        return SlotInfo(slot_id, hardware, preset, data, self._shares_disk)
+        return SlotInfo(self._slot_id, hardware, preset, data, self._shares_disk)
 
     def _hardware(self) -> Hardware:
         if self._device == "cpu":
@@ -117,36 +142,77 @@ class _Slot:
 
     def run(self, spec: RunSpec) -> RunResult:
         """Runs one attempt to its end."""
-        out = Path(spec.out) if self._shares_disk else self._scratch / spec.trial_id
+        out = Path(spec.out) if self._shares_disk else Path(tempfile.mkdtemp(prefix="raysearch-")) / spec.trial_id
         env = dict(os.environ)
         if self._device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
-        self._run = Run(spec, out=out, data=self._data, env=env)
+        run = Run(spec, out=out, data=self._data, env=env, slot=self._slot_id)
+        self._run = (spec.trial_id, spec.attempt, run)
+        if (spec.trial_id, spec.attempt) in self._cancelled:  # before it began
+            run.cancel()
         try:
-            result = self._run.wait()
+            result = run.wait()
         finally:
             self._run = None
         if self._shares_disk:
             return result
         files = returned_files(out)
-        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(out.parent, ignore_errors=True)
         return dataclasses.replace(result, files=files)
 
     def progress(self) -> dict[str, Any]:
         """What the trial in flight says of itself."""
-        run = self._run
-        return run.progress() if run else {}
+        current = self._run
+        return current[2].progress() if current else {}
 
-    def cancel(self) -> None:
-        """Ends the trial in flight."""
-        run = self._run
-        if run:
-            run.cancel()
+    def cancel(self, trial_id: str, attempt: int) -> None:
+        """Ends an attempt that is in flight or about to begin."""
+        self._cancelled.add((trial_id, attempt))
+        current = self._run
+        if current and current[:2] == (trial_id, attempt):
+            current[2].cancel()
 
 
-@ray.remote
-def _sweep(study: str, session: str) -> list[int]:
-    return sweep(study, session=session)
+class _LocalRay:
+    """A Ray of this process's own. However this process ends, its Ray and the trials on it end too, and leave no file.
+
+    A helper waits for the end behind a pipe: Ray's own agents outlive a killed driver by a minute.
+    """
+
+    def __init__(self, plan: SlotPlan, cpus: int) -> None:
+        self._folder = tempfile.mkdtemp(prefix="raysearch-", dir=_short_folder())
+        self._helper = subprocess.Popen(
+            [sys.executable, "-I", "-S", leftovers.__file__, SESSION_MARK, plan.session, self._folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        settings = {
+            STUDY_MARK: plan.study,  # every process of this Ray inherits these two
+            SESSION_MARK: plan.session,
+            "SPT_NOENV": "1",  # and keeps them: the titles of Ray's processes are not written over the environment
+            "RAY_memory_monitor_refresh_ms": "0",  # it would end the slot, where the kernel ends the trial
+        }
+        try:
+            with _environment(settings | _token()):
+                ray.init(
+                    address="local",  # whatever RAY_ADDRESS says
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=self._folder,
+                    **QUIET,
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        ray.shutdown()
+        assert self._helper.stdin is not None
+        self._helper.stdin.close()
+        self._helper.wait()
 
 
 @dataclass
@@ -183,45 +249,82 @@ class RayExecutor:
         self._cpu_slots = cpu_slots
         self._threads = threads
         self._actors: dict[str, _Actor] = {}  # by place
-        self._pending: dict[Any, tuple[str, str]] = {}  # ref -> (what, place)
-        self._failures: dict[str, int] = {}  # by place: how often an actor could not be set up there
-        self._swept: set[str] = set()
-        self._nodes_at = 0.0
+        self._pending: dict[Any, tuple[str, _Actor]] = {}  # ref -> (method, actor)
+        self._hosts: dict[str, str] = {}  # by node
+        self._failures: dict[tuple[str, str], int] = {}  # by node and place: how often it could not be set up there
+        self._nodes_at = -math.inf
         self._progress_at = 0.0
-        self._connect(address)
+        self._local: _LocalRay | None = None
+        if address is None:
+            sweep(plan.study, session=plan.session)  # before anything of a killed session is read or run again
+            self._local = _started(plan, (cpu_slots or _usable_cores()) * threads)
+        else:
+            _join(address)
         remote: Any = ray.remote
         self._slot_class = remote(concurrency_groups={"control": 2})(_Slot)
-
-    def _connect(self, address: str | None) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
-        if address is None:
-            cpus = (self._cpu_slots or os.cpu_count() or 1) * self._threads
-            options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        else:
-            options["address"] = address
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            where = f"at {address!r}" if address else "on this machine"
-            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            remedy = "start it with `ray start --head`, or leave --address out" if address else "see /tmp/ray for logs"
-            raise UserError(f"Ray is not reachable {where}: {said}; {remedy}") from None
 
     # ---- the protocol ----
 
     def start(self, slot_id: str, spec: RunSpec) -> None:
-        """Starts an attempt on a free slot."""
-        actor = self._by_slot(slot_id)
+        """Starts an attempt on a free slot.
+
+        Raises:
+            UserError: The slot has left.
+        """
+        actor = next((actor for actor in self._actors.values() if actor.slot and actor.slot.id == slot_id), None)
         if actor is None:
             raise UserError(f"slot {slot_id!r} is not there; it has just left")
         actor.running = spec
-        self._pending[actor.handle.run.remote(spec)] = ("run", actor.place)
+        self._pending[actor.handle.run.remote(spec)] = ("run", actor)
 
     def poll(self, timeout_s: float) -> list[Report]:
-        """What happened since the last call."""
+        """What happened since the last call; waits up to `timeout_s` for something to happen.
+
+        Raises:
+            UserError: Ray itself is gone.
+        """
+        try:
+            return self._poll(timeout_s)
+        except (RayError, ConnectionError, RuntimeError) as error:
+            raise UserError(f"Ray is gone: {_said(error)}; start the study again, it goes on where it was") from None
+
+    def cancel(self, trial_id: str) -> None:
+        """Ends an attempt in flight."""
+        for actor in self._actors.values():
+            if actor.running and actor.running.trial_id == trial_id:
+                call = actor.handle.cancel.options(concurrency_group="control")
+                call.remote(trial_id, actor.running.attempt)
+
+    def starting(self) -> int:
+        """Slots that are being set up."""
+        return sum(actor.slot is None for actor in self._actors.values())
+
+    def close(self) -> None:
+        """Ends all attempts and disconnects; a Ray that was started here is stopped."""
+        try:
+            runs = [ref for ref, (method, _) in self._pending.items() if method == "run"]
+            for actor in self._actors.values():
+                if actor.running:
+                    self.cancel(actor.running.trial_id)
+            if runs:
+                ray.wait(runs, num_returns=len(runs), timeout=CLOSE_LIMIT_S, fetch_local=False)
+            for actor in self._actors.values():
+                ray.kill(actor.handle)
+        except (RayError, ConnectionError, RuntimeError):
+            pass  # Ray is gone already, and the slots with it
+        finally:
+            self._actors.clear()
+            self._pending.clear()
+            if self._local:
+                self._local.close()
+            else:
+                ray.shutdown()
+
+    # ---- nodes and actors ----
+
+    def _poll(self, timeout_s: float) -> list[Report]:
         now = time.monotonic()
         if now - self._nodes_at > NODES_EVERY_S:
-            self._nodes_at = now
             self._match_nodes()
         if now - self._progress_at > PROGRESS_EVERY_S:
             self._progress_at = now
@@ -237,135 +340,191 @@ class RayExecutor:
         for ref in ready:
             if ref in self._pending:  # a death earlier in this round may have settled it
                 reports += self._settle(ref)
+        if self._nodes_at == -math.inf:  # an actor died
+            self._match_nodes()  # now: a slot that comes back counts as starting, and not as gone
         return reports
-
-    def cancel(self, trial_id: str) -> None:
-        """Ends an attempt in flight."""
-        for actor in self._actors.values():
-            if actor.running and actor.running.trial_id == trial_id:
-                actor.handle.cancel.options(concurrency_group="control").remote()
-
-    def starting(self) -> int:
-        """Slots that are being set up."""
-        return sum(actor.slot is None for actor in self._actors.values())
-
-    def close(self) -> None:
-        """Ends all attempts and disconnects; a Ray that was started here is stopped."""
-        runs = [ref for ref, (what, _) in self._pending.items() if what == "run"]
-        for actor in self._actors.values():
-            if actor.running:
-                actor.handle.cancel.options(concurrency_group="control").remote()
-        if runs:  # supervisors end their trees within their grace period
-            ray.wait(runs, num_returns=len(runs), timeout=10)
-        for actor in self._actors.values():
-            ray.kill(actor.handle)
-        ray.shutdown()
-
-    # ---- nodes and actors ----
 
     def _match_nodes(self) -> None:
         """Makes the actors that are missing: a node may have come, an actor may have died."""
+        self._nodes_at = time.monotonic()
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        gpus = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in nodes}
-        use_gpus = self._device == "cuda" or (self._device == "auto" and any(gpus.values()))
+        if self._local and not nodes:
+            raise RuntimeError("its node on this machine died")
+        self._name_hosts(nodes)
+        use_gpus = self._device == "cuda" or (
+            self._device == "auto" and any(node["Resources"].get("GPU", 0) for node in nodes)
+        )
         for node in nodes:
-            if use_gpus:
-                places = [
-                    (f"{node['NodeManagerHostname']}:gpu{index}", "cuda") for index in range(gpus[node["NodeID"]])
-                ]
-            else:
-                cpus = int(node["Resources"].get("CPU", 0)) // self._threads
-                count = min(self._cpu_slots, cpus) if self._cpu_slots else cpus
-                places = [(f"{node['NodeManagerHostname']}:cpu{index}", "cpu") for index in range(count)]
-            if node["NodeID"] not in self._swept:
-                self._swept.add(node["NodeID"])
-                task: Any = _sweep.options(scheduling_strategy=_on(node["NodeID"]), num_cpus=0)
-                self._pending[task.remote(self._plan.study, self._plan.session)] = ("sweep", "")
-            for place, device in places:
-                name = _unique(place, node["NodeID"], self._actors)
-                if name not in self._actors and self._failures.get(name, 0) < MAX_FAILURES:
-                    self._make_actor(name, node["NodeID"], device)
+            for place, device in self._places(node, use_gpus=use_gpus):
+                if place not in self._actors and self._failures.get((node["NodeID"], place), 0) < MAX_FAILURES:
+                    self._make_actor(place, node["NodeID"], device)
+
+    def _name_hosts(self, nodes: list[dict[str, Any]]) -> None:
+        """By host name; two Ray nodes may share one (containers, tests): the second one's has its id behind it."""
+        alive = {node["NodeID"] for node in nodes}
+        self._hosts = {node: host for node, host in self._hosts.items() if node in alive}
+        for node in nodes:
+            name = node["NodeManagerHostname"]
+            taken = name in self._hosts.values()
+            self._hosts.setdefault(node["NodeID"], f"{name}@{node['NodeID'][:6]}" if taken else name)
+
+    def _places(self, node: Mapping[str, Any], *, use_gpus: bool) -> list[tuple[str, str]]:
+        host, resources = self._hosts[node["NodeID"]], node["Resources"]
+        if use_gpus:
+            return [(f"{host}:gpu{index}", "cuda") for index in range(int(resources.get("GPU", 0)))]
+        fitting = int(resources.get("CPU", 0)) // self._threads
+        count = min(self._cpu_slots, fitting) if self._cpu_slots else fitting
+        return [(f"{host}:cpu{index}", "cpu") for index in range(count)]
 
     def _make_actor(self, place: str, node: str, device: str) -> None:
         resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": self._threads}
-        handle = self._slot_class.options(
-            **resources, max_restarts=0, max_task_retries=0, scheduling_strategy=_on(node)
-        ).remote(self._plan, place, device, str(Path(tempfile.gettempdir()) / f"raysearch-{self._plan.study}"))
-        self._actors[place] = _Actor(handle, place, node, device)
-        self._pending[handle.describe.remote()] = ("describe", place)
+        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        make = self._slot_class.options(**resources, max_restarts=0, max_task_retries=0, scheduling_strategy=there)
+        actor = _Actor(make.remote(self._plan, self._hosts[node], place, device), place, node, device)
+        self._actors[place] = actor
+        self._pending[actor.handle.describe.remote()] = ("describe", actor)
 
     def _ask_progress(self) -> None:
-        asked = {place for what, place in self._pending.values() if what == "progress"}
+        asked = [actor.place for method, actor in self._pending.values() if method == "progress"]
         for actor in self._actors.values():
-            if actor.running and actor.place not in asked:
+            if actor.slot and actor.place not in asked:  # of an idle one too: so its death is noticed
                 ref = actor.handle.progress.options(concurrency_group="control").remote()
-                self._pending[ref] = ("progress", actor.place)
+                self._pending[ref] = ("progress", actor)
 
-    def _by_slot(self, slot_id: str) -> _Actor | None:
-        return next((actor for actor in self._actors.values() if actor.slot and actor.slot.id == slot_id), None)
+    # ---- what actors say ----
 
     def _settle(self, ref: Any) -> list[Report]:
-        what, place = self._pending.pop(ref)
+        method, actor = self._pending.pop(ref)
         try:
             value: Any = ray.get(ref)
         except RayActorError as error:
-            return self._bury(place, str(error).strip().splitlines()[0])
+            return self._bury(actor, _said(error))
         except (RayError, UserError) as error:
-            return self._failed(what, place, error)
-        return self._said(what, self._actors[place], value) if place else []
-
-    def _said(self, what: str, actor: _Actor, value: Any) -> list[Report]:
-        if what == "describe":
+            return self._raised(method, actor, _said(getattr(error, "cause", None) or error))
+        if method == "describe":
             actor.slot = value
             return [SlotJoined(value)]
-        if what == "run":
-            spec, actor.running = actor.running, None
-            return [RunEnded(spec.trial_id, spec.attempt, value)] if spec else []
+        if method == "run":
+            return self._ended(actor, value)
         if not value or actor.slot is None or actor.running is None:
             return []
-        return [SlotProgress(actor.slot.id, str(value.get("phase", "")), float(value.get("progress") or 0.0))]
+        return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
 
-    def _failed(self, what: str, place: str, error: Exception) -> list[Report]:
-        """A method of an actor that lives raised: a slot that cannot be set up, or a bug on the worker's side."""
-        cause = getattr(error, "cause", None) or error
-        reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
-        if what == "describe":
-            actor = self._actors.pop(place)
-            ray.kill(actor.handle)
-            self._failures[place] = MAX_FAILURES  # the same machine would say the same again
-            return [SlotFailed(place, reason)]
-        if what == "run":
-            actor = self._actors[place]
-            spec, actor.running = actor.running, None
-            if spec:
-                return [RunEnded(spec.trial_id, spec.attempt, RunResult(Outcome.LOST, reason))]
+    def _ended(self, actor: _Actor, result: RunResult) -> list[Report]:
+        spec, actor.running = actor.running, None
+        return [RunEnded(spec.trial_id, spec.attempt, result)] if spec else []
+
+    def _raised(self, method: str, actor: _Actor, reason: str) -> list[Report]:
+        """A method of an actor that lives raised: a slot that cannot be set up, or a full disk on the worker."""
+        if method == "run":
+            return self._ended(actor, RunResult(Outcome.LOST, reason))
+        if method == "describe":
+            self._remove(actor)
+            self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
+            return [SlotFailed(actor.place, reason)]
         return []
 
-    def _bury(self, place: str, reason: str) -> list[Report]:
+    def _bury(self, actor: _Actor, reason: str) -> list[Report]:
         """An actor died, or its node: its run is lost, and its place is free for a new one."""
-        actor = self._actors.pop(place, None)
-        if actor is None:
-            return []
-        self._pending = {ref: entry for ref, entry in self._pending.items() if entry[1] != place}
-        if actor.slot is None:
-            self._failures[place] = self._failures.get(place, 0) + 1
-        self._nodes_at = 0.0
-        reports: list[Report] = []
-        if actor.running:
-            result = RunResult(Outcome.LOST, f"its slot died: {reason}")
-            reports.append(RunEnded(actor.running.trial_id, actor.running.attempt, result))
+        self._remove(actor)
+        self._nodes_at = -math.inf
+        reports = self._ended(actor, RunResult(Outcome.LOST, f"its slot died: {reason}"))
         if actor.slot:
-            reports.append(SlotLeft(actor.slot.id, reason))
-        else:
-            reports.append(SlotFailed(place, reason))
-        return reports
+            return [*reports, SlotLeft(actor.slot.id, reason)]
+        key = actor.node, actor.place
+        self._failures[key] = self._failures.get(key, 0) + 1
+        return [SlotFailed(actor.place, reason)] if self._failures[key] == MAX_FAILURES else []
+
+    def _remove(self, actor: _Actor) -> None:
+        del self._actors[actor.place]
+        self._pending = {ref: entry for ref, entry in self._pending.items() if entry[1] is not actor}
+        ray.kill(actor.handle)  # it may only be out of reach
 
 
-def _on(node: str) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+# ---- Ray itself ----
 
 
-def _unique(place: str, node: str, actors: dict[str, _Actor]) -> str:
-    """Two Ray nodes may share a host name (containers, tests): the second one's places carry its id."""
-    taken = actors.get(place)
-    return place if taken is None or taken.node == node else f"{place}@{node[:6]}"
+def _started(plan: SlotPlan, cpus: int) -> _LocalRay:
+    try:
+        return _LocalRay(plan, cpus)
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+        raise UserError(
+            f"Ray cannot be started on this machine: {_said(error)}; free memory and disk, or join one with --address"
+        ) from None
+
+
+def _join(address: str) -> None:
+    """Connects to a cluster, after a quick look at its port: Ray itself takes minutes to give up."""
+    named = _started_here() if address == "auto" else address
+    if named is None:
+        raise UserError(
+            "--address 'auto': no Ray was started on this machine; `ray start --head` does, or leave it out"
+        )
+    host, _, port = named.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise UserError(f"--address {named!r}: it must be HOST:PORT or `auto`; `ray start --head` prints it")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_LIMIT_S).close()
+        ray.init(address=named, **QUIET)
+    except (ConnectionError, RuntimeError, ValueError, OSError, OverflowError, RayError) as error:
+        raise UserError(
+            f"Ray is not reachable at {named!r}: {_said(error)}; start it with `ray start --head`, or drop --address"
+        ) from None
+
+
+def _started_here() -> str | None:
+    """Where `ray start` on this machine has put or found the cluster; never a Ray that another study started."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with contextlib.suppress(OSError):
+        return os.environ.get("RAY_ADDRESS") or Path(folder, "ray/ray_current_cluster").read_text().strip()
+    return None
+
+
+def _token() -> dict[str, str]:
+    own = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    return {} if own else {"RAY_AUTH_TOKEN": _TOKEN}
+
+
+def _short_folder() -> str:
+    """A folder for temporary files whose path is short enough for Ray's sockets."""
+    folders = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
+    fitting = [folder for folder in folders if len(folder) <= LONGEST_FOLDER - 19 and os.access(folder, os.W_OK)]
+    return fitting[0] if fitting else folders[0]
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use: of a container that is limited to two of sixty-four, two."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit
+        quota_us, period_us = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota_us) // int(period_us)))
+    return cores
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Generator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _said(error: BaseException) -> str:
+    """What an exception of Ray's says, in a line."""
+    text = " ".join(str(error).split())
+    _, found, detail = text.rpartition("Worker exit detail: ")
+    if found:
+        text = detail.split(" Some common causes")[0]
+    elif "Traceback" in text:
+        text = str(error).strip().splitlines()[-1]
+    return text[:300] or type(error).__name__
+
+
+def _fraction(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
