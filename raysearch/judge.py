@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from scipy.special import stdtr
-
 from raysearch.model import Direction, Verdict
 
 
@@ -77,6 +75,8 @@ def probability_better(delta: float, delta_se: float, dof: int, direction: Direc
     gain = -delta if direction is Direction.MINIMIZE else delta
     if delta_se == 0.0:
         return 0.5 if gain == 0.0 else float(gain > 0.0)
+    from scipy.special import stdtr  # noqa: PLC0415 - half a second, and `raysearch status` judges nothing
+
     return float(stdtr(dof, gain / delta_se))
 
 

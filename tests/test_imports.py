@@ -83,6 +83,22 @@ def test_adapters_import_what_the_table_allows(name: str):
     assert own(modules("raysearch")[name], "raysearch") - PURE - {"__init__"} <= ALLOWED[name]
 
 
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_modules_have_no_clock_no_file_no_process_and_no_chance(name: str):
+    roots = {found.split(".")[0] for found in imported(modules("raysearch")[name])}
+    effects = {"os", "pathlib", "shutil", "tempfile", "subprocess", "socket", "threading", "time", "random", "sqlite3"}
+    assert not roots & effects
+
+
+@pytest.mark.parametrize("package", ["raysearch", "trainer"])
+def test_imports_are_written_in_full(package: str):
+    for path in modules(package).values():
+        relative = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level
+        ]
+        assert not relative, path
+
+
 def test_ray_is_imported_in_two_places():
     found = {
         name for name, path in modules("raysearch").items() if any(imp.split(".")[0] == "ray" for imp in imported(path))
@@ -91,7 +107,7 @@ def test_ray_is_imported_in_two_places():
 
 
 def test_the_command_line_starts_without_what_is_slow_to_import():
-    slow = ("ray", "torch", "optuna", "matplotlib", "pandas")
+    slow = ("ray", "torch", "optuna", "matplotlib", "pandas", "scipy")
     code = f"import sys, raysearch.run; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
