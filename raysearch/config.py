@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import tomli_w
@@ -13,11 +13,11 @@ from raysearch import judge
 from raysearch.errors import UserError
 from raysearch.model import Direction
 from raysearch.objective import TRAINER, Objective
-from raysearch.study import Settings
+from raysearch.study import SEEDS_A_CANDIDATE, Settings
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ObjectiveSection(_Section):
@@ -35,6 +35,22 @@ class ObjectiveSection(_Section):
     def _fits_kind(self) -> ObjectiveSection:
         if self.kind == "command" and not self.command:
             raise ValueError('kind = "command" needs `command`, e.g. ["{python}", "score.py", "--seed", "{seed}"]')
+        if self.kind == "trainer":
+            default = ObjectiveSection.model_construct()
+            changed = [key for key in type(self).model_fields if getattr(self, key) != getattr(default, key)]
+            if changed:
+                raise ValueError(f'{changed[0]} is for kind = "command"; the trainer has its own')
+        return self
+
+    @model_validator(mode="after")
+    def _has_files_of_its_own(self) -> ObjectiveSection:
+        paths = [*self.editable, *self.protected]
+        for path in paths:
+            parts = PurePosixPath(path).parts
+            if not parts or path.startswith("/") or ".." in parts:
+                raise ValueError(f"{path!r} must be a path inside the program's folder, such as train.py")
+            if paths.count(path) > 1:
+                raise ValueError(f"{path!r} is there twice; a file is either editable or protected")
         return self
 
 
@@ -61,11 +77,11 @@ class SearchSection(_Section):
 class JudgeSection(_Section):
     """When a difference is believed; see `judge.Rules`."""
 
-    baseline_runs: int = Field(default=3, ge=2)
+    baseline_runs: int = Field(default=3, ge=2, lt=SEEDS_A_CANDIDATE)
     screen_probability: float = Field(default=0.9, ge=0.5, lt=1)
     keep_probability: float = Field(default=0.95, ge=0.5, lt=1)
     drop_probability: float = Field(default=0.25, ge=0, le=0.5)
-    max_pairs: int = Field(default=1, ge=1)
+    max_pairs: int = Field(default=1, ge=1, lt=SEEDS_A_CANDIDATE)
 
 
 class SlotsSection(_Section):
@@ -149,9 +165,11 @@ def load_config(path: Path) -> StudyConfig:
         UserError: It is missing, no TOML, or holds something that it may not.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; start the study with `raysearch --study NAME`") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it must be a file that can be read") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; it must be TOML: mend that line") from None
     return parse_config(table, where=str(path))
@@ -160,7 +178,7 @@ def load_config(path: Path) -> StudyConfig:
 def write_config(path: Path, config: StudyConfig) -> None:
     """Writes a `study.toml` in one piece."""
     temporary = path.with_suffix(".toml.tmp")
-    temporary.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    temporary.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -172,6 +190,10 @@ def _told(error: ValidationError, table: dict[str, Any]) -> str:
         section = StudyConfig if len(place) == 1 else StudyConfig.model_fields[place[0]].annotation
         known = ", ".join(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else ""
         return f"key {key!r} is not known; known here: {known}; remove it or mend its spelling"
+    if first["type"] == "missing":
+        return f"{key} is missing; add it"
+    if first["type"] == "model_type":
+        return f"{key} = {first['input']!r}: it must be a table, [{key}]; change it or leave it out"
     message = first["msg"].removeprefix("Value error, ")
     value: object = first.get("input")
     shown = "" if isinstance(value, dict) else f" = {value!r}"

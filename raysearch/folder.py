@@ -127,11 +127,11 @@ def configure(folder: Folder, chosen: Mapping[str, Any]) -> tuple[StudyConfig, b
 
 def _check_same(config: StudyConfig, chosen: Mapping[str, Any], folder: Folder) -> None:
     stored = config.model_dump(mode="json")
+    wanted_all = parse_config({"name": config.name, **chosen}, where="options").model_dump(mode="json")
     for key, value in chosen.items():
-        pairs = value.items() if isinstance(value, dict) else [(None, value)]  # pyright: ignore[reportUnknownVariableType]
-        for inner, wanted in pairs:  # pyright: ignore[reportUnknownVariableType]
+        for inner in value if isinstance(value, dict) else [None]:  # pyright: ignore[reportUnknownVariableType]
             name = f"{key}.{inner}" if inner else key
-            has = stored[key][inner] if inner else stored[key]
+            has, wanted = (table[key].get(inner) if inner else table[key] for table in (stored, wanted_all))
             if has != wanted:
                 raise UserError(
                     f"{name} = {wanted!r}: study {folder.name!r} was started with {has!r}; "
