@@ -123,8 +123,8 @@ PEAK_BF16_TFLOPS = {
 
 FIRST_STEP_TOLERANCE = 1.01  # first step's tokens over the later steps' average
 OVERTIME_SHARE, OVERTIME_S = 0.25, 2.0  # what may pass after the budget's end: half of a long step, a stall
-CPU_MICRO_BATCH_TOKENS = 4096
-CPU_EVAL_TOKENS = 4096
+CPU_MICRO_BATCH_TOKENS = 2048
+CPU_EVAL_TOKENS = 2048
 CPU_CHECKED_ROWS = 8  # of the evaluation's rows; on CUDA a whole batch, so that nothing is compiled anew
 CUDA_EVAL_TOKENS_PER_GB = 1024  # of the card's whole memory, so that every candidate is scored in the same batches
 LEAK_AT_A_POSITION, LEAK_ON_AVERAGE = 0.05, 0.01  # of the logits' size; bfloat16 rounding stays below 0.01 and 0.004
