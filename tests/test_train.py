@@ -63,7 +63,7 @@ def test_the_flex_mask_is_the_same_window(tiny: ModuleType):
 
 def test_a_short_training_row_bounds_what_the_evaluation_sees(tmp_path: Path):
     """One layer that looks back 8 tokens, asked about a row of 32."""
-    module = module_of(tmp_path, **TINY | {"DEPTH": 1, "ASPECT_RATIO": 32, "SEQ_LEN": 8})
+    module = module_of(tmp_path, **TINY | {"DEPTH": 1, "SEQ_LEN": 8})
     torch.manual_seed(0)
     model = module.GPT(VOCAB, ROW_TOKENS, CPU)
     for p in model.parameters():
@@ -271,7 +271,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "short rows": {"SEQ_LEN": 8},
     "rows longer than those of the evaluation": {"SEQ_LEN": 64},
     "windows, no value embeddings": {"WINDOW_PATTERN": "XXXL", "VALUE_EMBEDS": False, "DEPTH": 3},
-    "one layer, narrow": {"DEPTH": 1, "ASPECT_RATIO": 8, "MLP_RATIO": 1},
+    "one layer, narrow": {"DEPTH": 1, "MODEL_DIM": 16, "MLP_RATIO": 1},
     "schedule": {"WARMUP_RATIO": 0.5, "WARMDOWN_RATIO": 0.5, "FINAL_LR_FRAC": 0.2},
     "no momentum warm-up": {"MOMENTUM_WARMUP": 0.0, "MUON_MOMENTUM": 0.7},
 }
@@ -317,7 +317,7 @@ def test_flex_windows_on_a_gpu_are_the_masked_dense_attention(window: int, tiny:
 
 @pytest.mark.gpu
 def test_a_trial_on_a_gpu_is_measured(data: Path, tmp_path: Path):
-    knobs = TINY | {"HEAD_DIM": 32, "ASPECT_RATIO": 32, "SEQ_LEN": 32}
+    knobs = TINY | {"HEAD_DIM": 32, "MODEL_DIM": 64}
     ran = run_harness(program(**knobs), data, tmp_path, "--budget-tokens", "65536", "--device", "cuda")
     assert ran.result["outcome"] == "measured", ran.result["reason"]
     assert ran.result["val_bpb"] < 2.2

@@ -28,7 +28,7 @@ VOCAB, ROW_TOKENS, BOS = 64, 32, 63
 # train.py so small that a step takes milliseconds
 TINY = {
     "DEPTH": 2,
-    "ASPECT_RATIO": 16,
+    "MODEL_DIM": 32,
     "HEAD_DIM": 16,
     "SEQ_LEN": 32,
     "WINDOW_PATTERN": "L",

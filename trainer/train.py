@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Model
 DEPTH = 8  # in [1, 24] log: transformer layers
-ASPECT_RATIO = 64  # in [8, 128] log: width of the residual stream over DEPTH, before it is rounded to whole heads
+MODEL_DIM = 512  # in [32, 1024] log: width of the residual stream, before it is rounded to whole heads
 HEAD_DIM = 128  # in {16, 32, 64, 128}: width of an attention head
 MLP_RATIO = 4  # in [1, 8] log: hidden width of the MLP over the residual stream's
 SEQ_LEN = 2048  # in {64, 128, 256, 512, 1024, 2048}: tokens of a training row, and the longest look back
@@ -52,8 +52,8 @@ FINAL_LR_FRAC = 0.0  # in [0.0, 1.0]: where it ends
 
 # rule: WARMUP_RATIO + WARMDOWN_RATIO <= 1
 
-HEADS = max(1, round(DEPTH * ASPECT_RATIO / HEAD_DIM))
-MODEL_DIM = HEADS * HEAD_DIM
+HEADS = max(1, round(MODEL_DIM / HEAD_DIM))
+WIDTH = HEADS * HEAD_DIM
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What this machine can do
@@ -138,18 +138,18 @@ def linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:
 
 
 # Every layer starts as the identity: the matrices that write into the residual stream are zero.
-STD = MODEL_DIM**-0.5
+STD = WIDTH**-0.5
 
 
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, normalised queries and keys, and gated value embeddings."""
 
-    GATE_WIDTH = min(32, MODEL_DIM)  # channels of the residual stream that a head's gate looks at
+    GATE_WIDTH = min(32, WIDTH)  # channels of the residual stream that a head's gate looks at
 
     def __init__(self, has_value_embed: bool):
         super().__init__()
-        self.qkv = linear(MODEL_DIM, 3 * MODEL_DIM, std=STD)
-        self.out = linear(MODEL_DIM, MODEL_DIM, std=0.0)
+        self.qkv = linear(WIDTH, 3 * WIDTH, std=STD)
+        self.out = linear(WIDTH, WIDTH, std=0.0)
         self.gate = linear(self.GATE_WIDTH, HEADS, std=0.0) if has_value_embed else None
 
     def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
@@ -169,8 +169,8 @@ class MLP(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up = linear(MODEL_DIM, MLP_RATIO * MODEL_DIM, std=STD)
-        self.down = linear(MLP_RATIO * MODEL_DIM, MODEL_DIM, std=0.0)
+        self.up = linear(WIDTH, MLP_RATIO * WIDTH, std=STD)
+        self.down = linear(MLP_RATIO * WIDTH, WIDTH, std=0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, T, C) to (B, T, C)."""
@@ -203,12 +203,12 @@ class GPT(nn.Module):
         self.depth, self.dtype = DEPTH, compute_dtype(device)
         # every other layer, the last one included (arXiv:2410.17897)
         value_layers = [i for i in range(DEPTH) if VALUE_EMBEDS and i % 2 == (DEPTH - 1) % 2]
-        self.embed = nn.Embedding(vocab_size, MODEL_DIM)  # normal, standard deviation 1
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, MODEL_DIM) for i in value_layers})
+        self.embed = nn.Embedding(vocab_size, WIDTH)  # normal, standard deviation 1
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, WIDTH) for i in value_layers})
         for table in self.value_embeds.parameters():
             nn.init.uniform_(table, -STD * math.sqrt(3), STD * math.sqrt(3))
         self.blocks = nn.ModuleList(Block(i in value_layers) for i in range(DEPTH))
-        self.unembed = linear(MODEL_DIM, vocab_size, std=0.001)
+        self.unembed = linear(WIDTH, vocab_size, std=0.001)
         self.residual_scale = nn.Parameter(torch.ones(DEPTH))
         self.x0_scale = nn.Parameter(torch.full((DEPTH,), X0_INIT))
         # all that depends on a row's length alone is made now: nothing of it belongs into a compiled graph
@@ -219,7 +219,7 @@ class GPT(nn.Module):
         self.masks = {T: self.window_masks(T, device) for T in self.rotaries}
         # forward and backward; attention as if nothing were masked inside the window, which is how MFU is quoted
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        self.flops_per_token = 6 * weights + 12 * MODEL_DIM * sum(min(window, SEQ_LEN) for window in self.windows)
+        self.flops_per_token = 6 * weights + 12 * WIDTH * sum(min(window, SEQ_LEN) for window in self.windows)
 
     def rotary(self, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions, (T, 1, HEAD_DIM / 2)."""
@@ -324,7 +324,7 @@ class Optimizer:
     """Muon for the matrices of the layers, all of one shape in one call, and AdamW for everything else."""
 
     def __init__(self, model: GPT, device: torch.device):
-        width = (MODEL_DIM / 768) ** -0.5  # Adam's rates were tuned at width 768
+        width = (WIDTH / 768) ** -0.5  # Adam's rates were tuned at width 768
         embeddings = [model.embed.weight, *model.value_embeds.parameters()]
         self.adam = [  # learning rate, decay, parameters
             (EMBEDDING_LR * width, 0.0, embeddings),
@@ -366,7 +366,7 @@ def matrices_by_shape(model: GPT) -> dict[tuple[int, int], list[nn.Parameter]]:
     fused = {id(module.qkv.weight) for module in model.modules() if isinstance(module, Attention)}
     matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
     for p in model.blocks.parameters():
-        shape = (MODEL_DIM, MODEL_DIM) if id(p) in fused else (p.size(0), p.size(1))
+        shape = (WIDTH, WIDTH) if id(p) in fused else (p.size(0), p.size(1))
         matrices.setdefault(shape, []).append(p)
     return matrices
 
