@@ -290,6 +290,40 @@ def test_bfloat16_passes_the_check_for_leaks(data: Path, tmp_path: Path):
     assert ran.result["outcome"] == "measured", ran.result["reason"]
 
 
+@pytest.mark.slow
+def test_windows_and_updates_are_whole_graphs(tmp_path: Path):
+    """What torch.compile does on CUDA, as far as it goes without one: tracing, with FlexAttention's masks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    module = module_of(tmp_path, **TINY | {"SEQ_LEN": 128, "WINDOW_PATTERN": "SL", "DEPTH": 3})
+    torch.manual_seed(0)
+    model = module.GPT(VOCAB, 256, CPU)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, y = torch.randint(0, VOCAB, (2, 2, 256))
+    wanted = model(x).detach()
+    for T in model.masks:
+        model.masks[T] = [
+            None
+            if window >= T
+            else create_block_mask(
+                lambda b, h, q, k, window=window: module.visible(window, q, k), None, None, T, T, device="cpu"
+            )
+            for window in model.windows
+        ]
+    with torch.no_grad():  # FlexAttention has no backward pass on a CPU
+        got = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    model.masks = {T: model.window_masks(T, CPU) for T in model.masks}
+    optimizer = module.Optimizer(model, CPU)
+    optimizer.muon_update = torch.compile(module.muon_update, backend="aot_eager", dynamic=False, fullgraph=True)
+    optimizer.adam_update = torch.compile(module.adam_update, backend="aot_eager", dynamic=False, fullgraph=True)
+    network = torch.compile(model, backend="aot_eager", dynamic=False, fullgraph=True)
+    for step in range(3):
+        network(x, y).backward()
+        optimizer.step(step / 3)
+
+
 # ---- on a GPU ----
 
 
