@@ -74,7 +74,9 @@ def slug(dataset: str) -> str:
         name = "".join(c if c.isalnum() or c in "-_" else "-" for c in folder.name)[:40]
         return f"files-{name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
     if dataset not in DATASETS or dataset == "files:DIR":
-        raise DataError(f"dataset '{dataset}' is not known; known: {', '.join(DATASETS)}; name one of them with --dataset")
+        raise DataError(
+            f"dataset '{dataset}' is not known; known: {', '.join(DATASETS)}; name one of them with --dataset"
+        )
     return dataset
 
 
