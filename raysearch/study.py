@@ -36,6 +36,7 @@ from raysearch.model import (
 from raysearch.schedule import Slot
 
 SEEDS_A_CANDIDATE = 100  # pairs of different candidates never share a seed
+MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
 
 
 class InvalidTransition(Exception):
@@ -178,6 +179,7 @@ class Lane:
         open: Candidates that still need something, oldest first.
         fresh: Values of runs that were not selected for being good (baselines, pairs), by candidate.
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
+        refusals: Proposals that were refused since anything new was known of the profile.
         blocked: Why nothing can be run here, if so.
     """
 
@@ -190,6 +192,7 @@ class Lane:
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     fresh: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     screens: int = 0
+    refusals: int = 0
     blocked: str = ""
 
     def noise(self) -> judge.Noise | None:
@@ -254,9 +257,13 @@ class Study:
         for state in self.running.values():  # its coordinator is gone, and the slots with it
             state.running = False
         self.running.clear()
+        for lane in self.lanes.values():
+            lane.refusals = 0
 
     def _add_profile(self, event: ProfileAdded, at: float) -> None:
         slug = event.profile.slug
+        if slug in self.lanes:
+            raise InvalidTransition(f"profile {slug} is in the study already")
         proposal = Proposal(
             id=f"{slug}-base",
             profile=slug,
@@ -275,32 +282,38 @@ class Study:
 
     def _propose(self, proposal: Proposal, at: float) -> None:
         lane = self.lane(proposal.profile)
-        self.proposals += 1
-        self.waiting[proposal.id] = proposal
-        self.proposed_at[proposal.id] = at
+        if proposal.id in self.proposed_at:
+            raise InvalidTransition(f"proposal {proposal.id} is in the study already")
         if proposal.carries is None:
             lane.screens += 1
         else:
-            carried = self.candidate(proposal.carries)
+            carried = self._open(proposal.carries)
             carried.carried_by = proposal.id
             self._close(carried.candidate)
+        self.proposals += 1
+        self.waiting[proposal.id] = proposal
+        self.proposed_at[proposal.id] = at
 
     def _refuse(self, event: Refused) -> None:
         proposal = self._take_waiting(event.proposal_id)
         self.refused.append((proposal, event.reason))
+        lane = self.lane(proposal.profile)
+        if proposal.carries is None or self.candidate(proposal.carries).verdict is None:
+            lane.screens -= 1
         if proposal.carries is None:
-            self.lane(proposal.profile).screens -= 1
+            lane.refusals += 1
 
     def _materialise(self, event: Materialised, at: float) -> None:
         proposal = self._take_waiting(event.proposal_id)
         candidate = Candidate(proposal, event.commit, event.fingerprint)
         state = CandidateState(candidate, at)
-        if proposal.carries and self.candidate(proposal.carries).verdict is Verdict.KEEP:
-            # The change has won already; only its merge with the new champion is unmeasured.
+        if proposal.carries and self.candidate(proposal.carries).verdict is not None:
+            # The change has won already, if not there then before; only its merge with the new champion is unmeasured.
             state.verdict, state.reason = Verdict.RETEST, f"confirmed as {proposal.carries} on an earlier champion"
         self.candidates[candidate.id] = state
         lane = self.lane(candidate.profile)
         lane.open[candidate.id] = None
+        lane.refusals = 0
         lane.fingerprints.setdefault(event.fingerprint, candidate.id)
         self._by_commit[f"{candidate.profile}:{event.commit}"] = candidate.id
 
@@ -311,6 +324,7 @@ class Study:
 
     def _start(self, event: TrialStarted, at: float) -> None:
         trial = event.trial
+        self.candidate(trial.candidate)
         state = self.trials.get(trial.id)
         if state is not None and (state.running or state.outcome is not None):
             raise InvalidTransition(f"trial {trial.id} is started again; its last attempt: {state}")
@@ -322,6 +336,8 @@ class Study:
         state = self.trials.get(event.trial_id)
         if state is None or not state.running or state.attempt != event.attempt:
             raise InvalidTransition(f"attempt {event.attempt} of {event.trial_id} is not in flight; state: {state}")
+        if event.outcome is Outcome.MEASURED and event.measurement is None:
+            raise InvalidTransition(f"{event.trial_id} was measured, but has no measurement")
         state.running = False
         del self.running[event.trial_id]
         state.finished_at, state.reason, state.log_tail = at, event.reason, event.log_tail
@@ -331,17 +347,19 @@ class Study:
             state.losses += 1
             if state.losses < self.settings.max_losses:
                 return
-        state.outcome, state.measurement = event.outcome, event.measurement
+        state.outcome = event.outcome
+        state.measurement = event.measurement if event.outcome is Outcome.MEASURED else None
+        lane = self.lane(state.trial.profile)
+        lane.refusals = 0
         if state.trial.purpose is Purpose.BASELINE and state.outcome is not Outcome.MEASURED:
-            self.lane(
-                state.trial.profile
-            ).blocked = f"its baseline {state.trial.id} {state.outcome.value}: {event.reason}"
+            lane.blocked = f"its baseline {state.trial.id} {state.outcome.value}: {event.reason}"
         if state.measurement is not None and state.trial.purpose is not Purpose.SCREEN:
-            fresh = self.lane(state.trial.profile).fresh
-            fresh.setdefault(state.trial.candidate, []).append(state.measurement.value)
+            lane.fresh.setdefault(state.trial.candidate, []).append(state.measurement.value)
 
     def _judged(self, event: Judged, at: float) -> None:
-        state = self.candidate(event.candidate)
+        state = self._open(event.candidate)
+        if state.verdict is None and not self._begun(state):  # in conflict with a new champion before its turn came
+            self.lane(state.candidate.profile).screens -= 1
         state.judged_at = at
         state.verdict, state.reason = event.verdict, event.reason
         state.delta, state.delta_se, state.pairs = event.delta, event.delta_se, event.pairs
@@ -352,12 +370,20 @@ class Study:
         lane = self.lane(event.profile)
         if event.previous != lane.champion_commit:
             raise InvalidTransition(f"the ratchet moved from {event.previous}, but stands at {lane.champion_commit}")
+        state = self._open(event.candidate)
+        if state.verdict is not Verdict.KEEP or state.candidate.profile != event.profile:
+            raise InvalidTransition(f"the ratchet of {event.profile} moved to {event.candidate}, which is {state}")
         lane.champion, lane.champion_commit = event.candidate, event.commit
         lane.wins.append(Win(event.candidate, event.commit, at))
         self._by_commit[f"{event.profile}:{event.commit}"] = event.candidate
-        state = self.candidate(event.candidate)
         state.ratchet_commit = event.commit
         self._close(state.candidate)
+
+    def _open(self, candidate_id: str) -> CandidateState:
+        state = self.candidate(candidate_id)
+        if candidate_id not in self.lane(state.candidate.profile).open:
+            raise InvalidTransition(f"candidate {candidate_id} is done with: {state}")
+        return state
 
     def _close(self, candidate: Candidate) -> None:
         self.lane(candidate.profile).open.pop(candidate.id, None)
@@ -587,7 +613,9 @@ class Study:
         """Enough proposals for the free slots and one more, so that a slot that gets free finds its next trial."""
         commands: list[Command] = []
         for slug, lane in self.lanes.items():
-            if lane.blocked or asking.get(slug) or not any(slot.profile == slug for slot in slots):
+            if asking.get(slug) or not any(slot.profile == slug for slot in slots):
+                continue
+            if lane.blocked or lane.refusals >= MOST_REFUSALS:
                 continue
             idle = sum(slot.profile == slug for slot in free) + 1
             count = idle - len(queued[slug])
@@ -606,6 +634,11 @@ class Study:
         limit = self.settings.max_trials
         if limit is not None and all(lane.screens >= limit or lane.blocked for lane in served):
             return [Finish(f"all {limit} trials are done")]
+        stuck = [lane for lane in served if lane.refusals >= MOST_REFUSALS]
+        if stuck and all(lane in stuck or lane.blocked or (limit and lane.screens >= limit) for lane in served):
+            slug = stuck[0].profile.slug
+            reason = next(reason for proposal, reason in reversed(self.refused) if proposal.profile == slug)
+            return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
         return []
 
 

@@ -1,6 +1,7 @@
 """The coordinator with everything real but the machine: progress, faults, restarts, people."""
 
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -256,14 +257,30 @@ class Failing(Silent):
         self.calls += 1
         if self.calls % 2:
             raise RuntimeError("no connection")
-        program = request.files["train.py"].replace("DEPTH = 6", f"DEPTH = {self.calls // 2}")
-        return [Idea(unified_diff("train.py", request.files["train.py"], program), Operator.DRAFT, "depth", "failing")]
+        source = request.files["train.py"]
+        program = re.sub("DEPTH = [0-9]+", f"DEPTH = {self.calls // 2}", source)
+        return [Idea(unified_diff("train.py", source, program), Operator.DRAFT, "depth", "failing")]
 
 
 def test_a_failing_proposer_does_not_stop_the_study(tmp_path: Path):
     toy = Toy(tmp_path / "s", proposer=Failing())
     toy.drive(trials=3)
     assert toy.study.lanes["cpu"].screens >= 3
+
+
+class Stubborn(Silent):
+    """Has one and the same idea for ever, and it changes nothing."""
+
+    def ask(self, request: Request) -> list[Idea]:
+        return [Idea("", Operator.DRAFT, "nothing", "stubborn")]
+
+
+def test_a_proposer_whose_ideas_are_all_refused_does_not_keep_the_study_busy_for_ever(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Stubborn())
+    assert toy.drive() == "the last 10 proposals for cpu were all refused; the last one: the patch is empty; " + (
+        "write a unified diff"
+    )
+    assert len(toy.study.refused) < 50
 
 
 class AllAtOnce(Silent):
