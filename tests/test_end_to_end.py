@@ -1,4 +1,4 @@
-"""Whole studies through the command line and Ray: the real trainer, SIGKILL in the middle, Ctrl-C, a person's patch."""
+"""Whole studies through `python -m raysearch.run` and a real Ray: the real trainer, kill -9, Ctrl-C, people."""
 
 import json
 import os
@@ -7,216 +7,323 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
+from toy import Toy, audit
 
-from raysearch.config import load_config
-from raysearch.folder import Folder, replay
+from raysearch import leftovers
+from raysearch.config import StudyConfig, load_config
+from raysearch.folder import Folder
 from raysearch.journal import Journal
-from raysearch.model import Outcome
-from raysearch.ratchet import Ratchet
-from raysearch.study import Study
+from raysearch.model import Outcome, Record, SessionStarted, TrialFinished, TrialStarted
+from raysearch.runner import STUDY_MARK
+from raysearch.study import Win
 
 OBJECTIVE = """
 [objective]
 editable = ["score.py"]
-command = ["{python}", "score.py", "{seed}"]
+command = ["{python}", "score.py", "--seed", "{seed}"]
 metric = "score"
-timeout_s = 60
+timeout_s = 30
 """
-SCORE = """\
-import random, sys, time
+PROGRAM = """
+import math, random, sys, time
 
-LR = 0.01   # in [0.001, 1.0] log: step size
-DEPTH = 6   # in [1, 12]: layers
-MODE = 0    # in {0, 1}: how
+LR = 0.003  # in [0.0001, 1.0] log: step size
+WIDTH = 64  # in {16, 32, 64, 128, 256}: units
+DEPTH = 6  # in [1, 12]: layers
+SECONDS = 0.7
 
-time.sleep(0.7)
-noise = random.Random(f"{sys.argv[1]} {LR} {DEPTH}").gauss(0, 0.01)
-print(f"score: {(LR - 0.1) ** 2 + 0.1 * abs(DEPTH - 3) - 0.5 * MODE + noise}")
+time.sleep(SECONDS)
+noise = random.Random(f"{sys.argv} {LR} {WIDTH} {DEPTH}").gauss(0, 0.01)
+score = 1 + 0.2 * (math.log10(LR) + 1) ** 2 + 0.05 * (math.log2(WIDTH) - 7) ** 2 + 0.02 * (DEPTH - 3) ** 2
+print(f"score: {score + noise}")
 """
+LIMIT_S = 90.0
 
 
-class Command:
-    """`python -m raysearch.run` in a folder of its own, as a user has it."""
+class OnDisk(Toy):
+    """A study that was driven by the command line, for `audit`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
+    def config(self) -> StudyConfig:
+        return load_config(self.folder.config)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "raysearch.run", *arguments],
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
 
-    def run(self, *arguments: str, code: int = 0) -> tuple[str, str]:
-        out, error = self.start(*arguments).communicate(timeout=280)
-        assert self.started[-1].returncode == code, error[-3000:]
-        return out, error
+@dataclass
+class Session:
+    """A `raysearch.run` in a process group of its own, as a shell starts it in a terminal."""
 
-    def study(self, name: str) -> Study:
-        place = Folder(self.folder / "studies" / name)
-        journal = Journal(place.journal, writer=False)
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def ends(self, limit_s: float = LIMIT_S) -> int:
+        return self.process.wait(limit_s)
+
+    def press_ctrl_c(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+
+@dataclass
+class Bench:
+    """A folder of studies."""
+
+    path: Path
+    sessions: list[Session]
+
+    def start(self, *arguments: str) -> Session:
+        log = self.path / f"session{len(self.sessions)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "raysearch.run", *arguments],
+                cwd=self.path,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+        self.sessions.append(Session(process, log))
+        return self.sessions[-1]
+
+    def quick(self, *arguments: str) -> Session:
+        return self.start("--study", "quick", "--objective", "objective.toml", "--cpu-slots", "2", *arguments)
+
+    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "raysearch.run", *arguments]
+        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False, timeout=LIMIT_S)
+
+    def study(self, name: str) -> OnDisk:
+        return OnDisk(self.path / "studies" / name)
+
+    def events(self, name: str = "quick") -> list[Record]:
+        folder = Folder(self.path / "studies" / name)
+        if not folder.journal.exists():
+            return []
+        journal = Journal(folder.journal, writer=False)
         try:
-            return replay(load_config(place.config), journal)
+            return list(journal.read())
         finally:
             journal.close()
 
-    def reaches(self, name: str, holds: Callable[[Study], bool], timeout_s: float = 90.0) -> Study:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if (self.folder / "studies" / name / "journal.db").exists():
-                study = self.study(name)
-                if holds(study):
-                    return study
-            time.sleep(0.1)
-        raise AssertionError(f"waited in vain: {self.started[-1].poll()}")
+    def processes(self, name: str = "quick") -> list[int]:
+        """Of the study's trials, supervisors and Ray; the coordinator and the helper behind it bear no mark."""
+        token = Folder(self.path / "studies" / name).token.read_text()
+        return leftovers.marked(lambda marks: marks.get(STUDY_MARK) == token)
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Iterator[Command]:
+def bench(tmp_path: Path) -> Iterator[Bench]:
     (tmp_path / "objective.toml").write_text(OBJECTIVE)
-    (tmp_path / "score.py").write_text(SCORE)
-    command = Command(tmp_path)
-    yield command
-    for process in command.started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    (tmp_path / "score.py").write_text(PROGRAM)
+    found = Bench(tmp_path, [])
+    yield found
+    for session in found.sessions:
+        session.process.kill()
+        session.process.wait()
 
 
-def left(folder: Path) -> list[str]:
-    """Command lines of processes that work in the folder's trials."""
-    found: list[str] = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and str(folder / "studies") in process.cwd():
-                found.append(" ".join(process.cmdline()))
-        except psutil.Error:
-            continue
+def until(holds: Callable[[], Any], session: Session, limit_s: float = LIMIT_S) -> Any:
+    deadline = time.monotonic() + limit_s
+    while not (found := holds()):
+        assert session.process.poll() is None, f"it ended; {session.said()}"
+        assert time.monotonic() < deadline, f"waited in vain; {session.said()}"
+        time.sleep(0.05)
     return found
 
 
-def audit(command: Command, name: str) -> None:
-    """Journal, git and files agree."""
-    study = command.study(name)
-    repo = Ratchet.open(command.folder / "studies" / name / "repo")
-    for state in study.candidates.values():
-        if not state.candidate.id.endswith("-base"):
-            assert repo.resolve(f"refs/trials/{state.candidate.id}") == state.candidate.commit
-    for slug, lane in study.lanes.items():
-        assert repo.head(slug) == lane.champion_commit
-        for win in lane.wins:
-            assert repo.changed(study.candidates[win.candidate].candidate.commit, win.commit) == []
-    assert not study.running
-    for trial_id, state in study.trials.items():
-        if state.outcome is Outcome.MEASURED:
-            assert (command.folder / "studies" / name / "trials" / trial_id / "run.log").exists()
-    assert left(command.folder) == []
+def finished(events: list[Record]) -> dict[str, tuple[int, TrialFinished]]:
+    """Trials that ended by themselves, with the number of the event."""
+    return {
+        record.event.trial_id: (record.seq, record.event)
+        for record in events
+        if isinstance(record.event, TrialFinished) and not record.event.outcome.is_infrastructure
+    }
 
 
-def test_a_real_study_of_the_real_trainer(command: Command):
-    out, error = command.run(
-        "--study", "real", "--dataset", "sotu", "--device", "cpu", "--budget-tokens", "16384", "--trials", "2",
-        "--baseline-runs", "2",
-    )  # fmt: skip
-    assert "cpu: val_bpb" in out, error
-    folder = command.folder / "studies/real"
-    assert {path.name for path in folder.iterdir()} >= {"study.toml", "results.tsv", "report.md", "progress.png"}
-    study = command.study("real")
-    baseline = study.trials["cpu-base-1"].measurement
-    assert baseline is not None
-    assert 2.0 < baseline.value < 5.0
-    assert baseline.holdout is not None
-    assert baseline.facts["total_tokens"] >= 16384
-    assert study.lanes["cpu"].screens == 2
-    assert json.loads((folder / "trials/cpu-base-1/result.json").read_text())["val_bpb"] == baseline.value
-    (state,) = json.loads(command.run("status", "real", "--json")[0])["profiles"]
-    assert state
-    assert command.run("report", "real")[0].startswith("# real")
-    audit(command, "real")
+def in_flight(events: list[Record]) -> dict[str, int]:
+    """Attempts that were started in the last session and have not ended."""
+    found: dict[str, int] = {}
+    for record in events:
+        match record.event:
+            case SessionStarted():
+                found.clear()
+            case TrialStarted(trial=trial, attempt=attempt):
+                found[trial.id] = attempt
+            case TrialFinished(trial_id=trial_id):
+                found.pop(trial_id, None)
+            case _:
+                pass
+    return found
 
 
-def test_sigkill_in_the_middle_loses_no_finished_trial(command: Command):
-    seed = random.randrange(10**6)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
-    quick = ("--study", "killed", "--objective", "objective.toml", "--trials", "8", "--cpu-slots", "2")
-    finished: dict[str, int] = {}
-    for wanted in (1, 5, 9):
-        process = command.start(*quick)
+def test_a_study_of_the_real_trainer_that_is_killed_once_runs_to_its_end(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(bench.path / "cache"))
+    options = ("--study", "real", "--device", "cpu", "--trials", "3", "--baseline-runs", "2")
+    killed = bench.start(*options, "--budget-tokens", "16384")
+    progress = bench.path / "studies/real/trials/cpu-base-1/progress.json"
+    until(lambda: '"train"' in read(progress), killed)
+    killed.process.kill()
+    killed.process.wait()
+    assert "data for preset cpu: sotu" in killed.said()
+    session = bench.start(*options)
+    assert session.ends(240) == 0, session.said()
 
-        def far_enough(study: Study, wanted: int = wanted) -> bool:
-            return sum(state.outcome is not None for state in study.trials.values()) >= wanted and bool(study.running)
+    toy = bench.study("real")
+    for name in ("results.tsv", "report.md", "progress.png", "study.toml"):
+        assert (toy.path / name).stat().st_size > 100, name
+    audit(toy)
+    study = toy.replayed()
+    assert {state.outcome for state in study.trials.values()} == {Outcome.MEASURED}
+    assert study.trials["cpu-base-1"].attempt == 2
+    assert study.lanes["cpu"].screens == 3
+    for name, state in study.trials.items():
+        assert state.measurement is not None
+        assert state.measurement.facts["total_tokens"] >= 16384
+        assert state.measurement.parts_s["train"] > 0
+        assert 1.0 < state.measurement.value < 8.0
+        left = {path.name for path in (toy.folder.trials / name).iterdir()}
+        assert {"run.log", "result.json", "curve.jsonl", "documents.npz"} <= left
+    rows = (toy.path / "results.tsv").read_text().splitlines()
+    assert rows[0].split("\t")[:5] == ["commit", "val_bpb", "memory_gb", "status", "description"]
+    assert bench.processes("real") == []
 
-        command.reaches("killed", far_enough)
-        time.sleep(draw.uniform(0, 0.8))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        deadline = time.monotonic() + 30
-        while left(command.folder) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert left(command.folder) == []
-        study = command.study("killed")
-        now = {name: state.attempt for name, state in study.trials.items() if state.outcome}
-        assert finished.items() <= now.items()
-        finished = now
-    in_flight = set(command.study("killed").running)
-    command.run(*quick)
-    study = command.study("killed")
-    assert study.lanes["cpu"].screens == 8
-    assert all(study.trials[name].attempt == attempt for name, attempt in finished.items())
-    assert all(study.trials[name].attempt >= 2 for name in in_flight if name not in finished)
-    audit(command, "killed")
-
-
-def test_ctrl_c_once_drains_and_a_second_coordinator_is_refused(command: Command):
-    quick = ("--study", "drained", "--objective", "objective.toml", "--cpu-slots", "2")
-    process = command.start(*quick)
-    command.reaches("drained", lambda study: len(study.running) == 2)
-    _, error = command.run(*quick, code=2)
-    assert "driven by another coordinator" in error
-    assert len(error.strip().splitlines()) == 1
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    study = command.study("drained")
-    assert all(state.outcome is Outcome.MEASURED for state in study.trials.values())
-    audit(command, "drained")
+    reported = bench.call("report", "real")
+    assert reported.returncode == 0
+    assert reported.stdout.strip() == (toy.path / "report.md").read_text().strip()
+    assert "val_bpb" in reported.stdout
+    assert rows == (toy.path / "results.tsv").read_text().splitlines()
+    status = bench.call("status", "real", "--json")
+    assert status.returncode == 0
+    assert json.loads(status.stdout)["running"] is False
 
 
-def test_ctrl_c_twice_stops_at_once_and_leaves_nothing_running(command: Command):
-    (command.folder / "score.py").write_text(SCORE.replace("time.sleep(0.7)", "time.sleep(20)"))
-    process = command.start("--study", "stopped", "--objective", "objective.toml", "--cpu-slots", "2")
-    command.reaches("stopped", lambda study: len(study.running) == 2)
-    for _ in range(2):
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.8)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert left(command.folder) == []
+def test_killed_again_and_again_no_finished_trial_is_lost_and_none_is_run_twice(bench: Bench):
+    seed = int(os.environ.get("RAYSEARCH_TEST_SEED") or random.randrange(10**6))
+    print(f"RAYSEARCH_TEST_SEED={seed}")
+    moments = random.Random(seed)
+    trials = 12
+    for _ in range(3):
+        before = bench.events()
+        session = bench.quick("--trials", str(trials))
+        until(partial(starts_after, bench, len(before)), session)
+        time.sleep(moments.uniform(0.0, 2.5))
+        of_this_session = set(bench.processes())
+        assert of_this_session
+        session.process.kill()
+        session.process.wait()
+        after = bench.events()
+        assert after[: len(before)] == before
+        until_gone(of_this_session)
+    last = bench.events()
+    interrupted = in_flight(last)
+    session = bench.quick("--trials", str(trials))
+    assert session.ends() == 0, session.said()
+
+    events = bench.events()
+    done = finished(events)
+    assert finished(last).items() <= done.items()
+    ends = Counter(
+        record.event.trial_id
+        for record in events
+        if isinstance(record.event, TrialFinished) and not record.event.outcome.is_infrastructure
+    )
+    assert set(ends.values()) == {1}
+    for record in events:
+        if isinstance(record.event, TrialStarted) and record.event.trial.id in done:
+            assert record.seq < done[record.event.trial.id][0]
+    attempts = {name: finish.attempt for name, (_, finish) in done.items()}
+    for name, attempt in interrupted.items():
+        assert attempts[name] in (attempt, attempt + 1)  # the same one if it ended between the kill and its journal
+    assert len([record for record in events if isinstance(record.event, SessionStarted)]) == 4
+    toy = bench.study("quick")
+    assert toy.replayed().lanes["cpu"].screens == trials
+    audit(toy)
+    assert bench.processes() == []
 
 
-def test_a_patch_proposed_while_the_study_runs_is_run_and_reported(command: Command):
-    process = command.start("--study", "asked", "--objective", "objective.toml", "--cpu-slots", "2", "--trials", "12")
-    command.reaches("asked", lambda study: bool(study.lanes))
-    (command.folder / "mine.py").write_text(SCORE.replace("MODE = 0 ", "MODE = 1 "))
-    command.run("propose", "mine.py", "--why", "the other mode is better", "--by", "ada")
-    _, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error[-2000:]
-    study = command.study("asked")
-    mine = [s for s in study.candidates.values() if s.candidate.proposal.proposer == "ada"]
-    assert mine
-    assert any(state.ratchet_commit for state in mine)
-    assert "the other mode is better" in (command.folder / "studies/asked/results.tsv").read_text()
-    audit(command, "asked")
+def starts_after(bench: Bench, seq: int) -> bool:
+    return any(isinstance(record.event, TrialStarted) for record in bench.events()[seq:])
+
+
+def until_gone(pids: set[int], limit_s: float = 15.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while left := [pid for pid in pids if leftovers.marks(pid)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.05)
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def test_people_propose_look_on_interrupt_and_stop(bench: Bench):
+    session = bench.quick()
+    until(lambda: finished(bench.events()), session)
+
+    second = bench.call("--study", "quick")
+    assert second.returncode == 2
+    assert second.stdout == ""
+    (line,) = second.stderr.splitlines()
+    assert "'quick' is driven by another coordinator" in line
+    assert "raysearch status quick" in line
+
+    (bench.path / "mine.py").write_text(PROGRAM.replace("score = 1 +", "score = 0.5 +"))
+    proposed = bench.call("propose", "mine.py", "--why", "less is more", "--by", "ada")
+    assert proposed.returncode == 0, proposed.stderr
+    assert "takes it now" in proposed.stderr
+    win = until(lambda: won_by_ada(bench), session)
+    assert json.loads(bench.call("status", "quick", "--json").stdout)["running"] is True
+
+    session.press_ctrl_c()
+    assert session.ends(20) == 0, session.said()
+    assert "draining" in session.said()
+    assert "Traceback" not in session.said()
+    assert in_flight(bench.events()) == {}
+    toy = bench.study("quick")
+    assert "score = 0.5 +" in toy.repo().read(win.commit, "score.py")
+    assert "less is more" in (toy.path / "results.tsv").read_text()
+    audit(toy)
+    assert bench.processes() == []
+
+
+def won_by_ada(bench: Bench) -> Win | None:
+    study = bench.study("quick").replayed()
+    return next(
+        (
+            win
+            for lane in study.lanes.values()
+            for win in lane.wins
+            if study.candidates[win.candidate].candidate.proposal.proposer == "ada"
+        ),
+        None,
+    )
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C twice", "SIGTERM"])
+def test_a_study_that_is_stopped_ends_its_trials_and_runs_them_again_later(bench: Bench, how: str):
+    slow = PROGRAM.replace("SECONDS = 0.7", "SECONDS = 20")
+    (bench.path / "score.py").write_text(slow)
+    session = bench.quick()
+    until(lambda: len(in_flight(bench.events())) == 2, session)
+    if how == "SIGTERM":
+        session.process.terminate()
+    else:
+        session.press_ctrl_c()
+        until(lambda: "draining" in session.said(), session)
+        session.press_ctrl_c()
+    assert session.ends(20) == 130, session.said()
+    assert "Traceback" not in session.said()
+    assert "stopped at once" in session.said()
+    assert bench.processes() == []
+    assert len(in_flight(bench.events())) == 2
