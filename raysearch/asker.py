@@ -68,7 +68,6 @@ class Asker:
 
     def tell(self, told: Callable[[], Told]) -> None:
         """Tells, after whatever was asked before; `told` is made in the proposer's thread, reading files takes time."""
-        self._tells = [tell for tell in self._tells if not tell.done()]
         self._tells.append(self._thread.submit(lambda: self._proposer.tell(told())))
 
     def answers(self) -> list[Answer]:

@@ -429,7 +429,8 @@ def _neighbourhood(knob: Knob) -> Knob:
     start = knob.unit(knob.value)
     low, high = _at(knob, max(0.0, start - REACH)), _at(knob, min(1.0, start + REACH))
     if knob.is_int:
-        low, high = math.floor(low), math.ceil(high)
+        assert not isinstance(knob.value, str)
+        low, high = min(math.ceil(low), knob.value - 1), max(math.floor(high), knob.value + 1)
     return replace(knob, low=max(low, knob.low), high=min(high, knob.high))
 
 

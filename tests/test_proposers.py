@@ -1,0 +1,842 @@
+"""One contract for every proposer, then what is particular to the searchers, the inbox and the thread that asks."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray.tune import search
+from ray.tune.search import Searcher
+from toy import Clock
+
+from raysearch.asker import PAUSE_S, Asker
+from raysearch.errors import UserError
+from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
+from raysearch.model import Direction, Operator, Outcome
+from raysearch.proposers import Idea, Proposer, Request, Told, inbox, tune
+from raysearch.proposers.tune import LEARN_ALL, LEAST, PACKAGES, PLACES, REACH, TuneProposer, check_searcher
+from raysearch.ratchet import Ratchet
+
+PROGRAM = '''\
+"""A program."""
+
+LR = 0.02  # in [0.001, 0.3] log: step size
+DEPTH = 6  # in [1, 12]: layers
+WIDTH = 64  # in {16, 32, 48, 64, 96, 128, 192, 256}: units
+HEADS = 4  # in [1, 8]: heads
+MODE = "slow"  # in {"slow", "fast", "odd"}: how
+DECAY = 0.1  # in [0.0, 0.5]: of the weights
+BIAS = True  # in {True, False}: whether there is one
+SEED_WORD = "x"  # no knob
+# rule: WIDTH % HEADS == 0
+# rule: WIDTH * DEPTH <= 1024
+
+
+def train(run):
+    return LR * DEPTH
+'''
+
+
+class Dense(Searcher):
+    """A searcher that only learns from what it suggested, and is strict about what it is told, as nevergrad is."""
+
+    made: ClassVar[list["Dense"]] = []
+
+    def __init__(
+        self,
+        metric: str | None = None,
+        mode: str | None = None,
+        points_to_evaluate: list[dict[str, Any]] | None = None,
+        random_state_seed: int | None = None,
+    ) -> None:
+        super().__init__(metric=metric, mode=mode)
+        self.points = list(points_to_evaluate or [])
+        self.state = np.random.RandomState(random_state_seed)
+        self.space: dict[str, Any] = {}
+        self.open: dict[str, dict[str, Any]] = {}
+        self.learnt: list[tuple[dict[str, Any], float]] = []
+        Dense.made.append(self)
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **_: Any) -> bool:
+        self.space = config
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        drawn = {name: domain.sample(random_state=self.state) for name, domain in self.space.items()}
+        self.open[trial_id] = self.points.pop(0) if self.points else drawn
+        return self.open[trial_id]
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        point = self.open.pop(trial_id)
+        assert error == (result is None)
+        if result:
+            assert self.metric is not None
+            self.learnt.append((point, result[str(self.metric)]))
+
+
+@pytest.fixture(autouse=True)
+def dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(search.SEARCH_ALG_IMPORT, "dense", lambda: Dense)
+    monkeypatch.setitem(tune.PACKAGES, "dense", "optuna")
+    monkeypatch.setattr(Dense, "made", [])
+
+
+SEARCHERS = ("optuna", "random", "dense")
+
+
+@pytest.fixture(params=SEARCHERS)
+def searcher(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@dataclass
+class Bench:
+    """Drives a proposer as a study does, one profile, with scores from a function; git only where a test asks."""
+
+    proposer: Proposer
+    champion: str = PROGRAM
+    direction: Direction = Direction.MINIMIZE
+    profile: str = "cpu"
+    known: set[str] = field(default_factory=set[str])
+    tried: list[tuple[str, Outcome, float | None]] = field(default_factory=list[tuple[str, Outcome, float | None]])
+
+    def __post_init__(self) -> None:
+        self.known.add(fingerprint({"train.py": self.champion}))
+
+    def ask(self, count: int = 1) -> list[Idea]:
+        files = {"train.py": self.champion}
+        base = fingerprint(files)
+        return self.proposer.ask(Request(self.profile, base, files, count, frozenset(self.known), self.direction))
+
+    def programs(self, count: int = 1) -> list[str]:
+        """The programs of an ask, seen to be valid, new and near; they are known from now on."""
+        ideas = self.ask(count)
+        assert len(ideas) <= count
+        return [self.checked(idea) for idea in ideas]
+
+    def checked(self, idea: Idea) -> str:
+        program = patched(self.champion, idea.patch)
+        knobs = read_knobs(program)  # raises where a value is not in its range
+        assert broken_rule(read_rules(program), values_of(program)) is None
+        print_ = fingerprint({"train.py": program})
+        assert print_ not in self.known
+        self.known.add(print_)
+        before = read_knobs(self.champion)
+        moved = [knob for name, knob in before.items() if knobs[name].value != knob.value]
+        assert moved
+        assert getattr(self.proposer, "_searcher_name", "") not in LEARN_ALL or len(moved) <= 3
+        for knob in moved:
+            assert knob.name in idea.hypothesis
+            assert is_near(knob, knobs[knob.name].value), f"{knob.name} {knob.value} → {knobs[knob.name].value}"
+        assert (idea.operator, idea.proposer) == (Operator.TUNE, "tune")
+        return program
+
+    def tell(self, program: str, value: float | None = None, outcome: Outcome | None = None) -> None:
+        outcome = outcome or (Outcome.CRASHED if value is None else Outcome.MEASURED)
+        self.tried.append((program, outcome, value))
+        self.known.add(fingerprint({"train.py": program}))
+        self.proposer.tell(Told(self.profile, {"train.py": program}, outcome, value))
+
+    def climb(self, score: Callable[[Values], float | None], asks: int) -> list[float]:
+        """Asks, runs and tells in turn; what is better becomes the champion. Returns the best score after each."""
+        best = score(values_of(self.champion))
+        assert best is not None
+        self.tell(self.champion, best)
+        course: list[float] = []
+        for _ in range(asks):
+            for program in self.programs():
+                value = score(values_of(program))
+                self.tell(program, value)
+                if value is not None and value < best:
+                    best, self.champion = value, program
+            course.append(best)
+        return course
+
+
+def values_of(program: str) -> Values:
+    return {name: knob.value for name, knob in read_knobs(program).items()}
+
+
+def patched(old: str, patch: str) -> str:
+    """A patch applied the quick way; that git thinks the same is a test of its own."""
+    lines, result, at = old.splitlines(True), list[str](), 0
+    for line in patch.splitlines(True):
+        if line.startswith("@@"):
+            start = int(line.split()[1].split(",")[0].removeprefix("-")) - 1
+            result += lines[at:start]
+            at = start
+        elif line.startswith((" ", "-")) and not line.startswith("---"):
+            assert lines[at] == line[1:]
+            result += [line[1:]] * line.startswith(" ")
+            at += 1
+        elif line.startswith("+") and not line.startswith("+++"):
+            result.append(line[1:])
+    return "".join(result + lines[at:])
+
+
+def is_near(knob: Knob, value: Value) -> bool:
+    if knob.choices:
+        numbers = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in knob.choices)
+        ordered = numbers and list(knob.choices) == sorted(knob.choices, key=float)
+        return not ordered or abs(knob.choices.index(value) - knob.choices.index(knob.value)) <= PLACES
+    assert not isinstance(value, str)
+    assert not isinstance(knob.value, str)
+    rounding = 0.51 if knob.is_int else 0.001 * abs(value)  # to a whole number, or to 4 digits
+    reach = [knob.unit(min(max(value + off, knob.low or 0), knob.high or 0)) for off in (-rounding, rounding)]
+    here = knob.unit(knob.value)
+    return abs(value - knob.value) == 1 or min(abs(unit - here) for unit in (*reach, knob.unit(value))) <= REACH + 1e-6
+
+
+# ---- the contract ----
+
+
+def test_git_applies_every_idea_to_the_champion_and_gets_the_same_program(searcher: str, tmp_path: Path):
+    bench = Bench(TuneProposer(searcher=searcher, seed=3))
+    repo = Ratchet.create(tmp_path / "repo", {"train.py": PROGRAM}, message="base", at=0.0)
+    base = repo.resolve("main")
+    for idea in bench.ask(4):
+        commit = repo.commit_patch(base, idea.patch, editable=("train.py",), message="an idea", at=0.0)
+        assert repo.read(commit, "train.py") == bench.checked(idea)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_an_ask_gives_at_most_what_was_asked_for_and_nothing_twice(searcher: str, count: int):
+    bench = Bench(TuneProposer(searcher=searcher))
+    programs = bench.programs(count)
+    assert len(programs) == count  # there is room for as many
+    assert len({fingerprint({"train.py": program}) for program in programs}) == count
+
+
+def test_ideas_stay_valid_new_and_near_over_a_whole_search(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher, seed=1))
+    course = bench.climb(bowl, 25)
+    start = bowl(values_of(PROGRAM))
+    assert start is not None
+    assert course[-1] < start
+    assert len(bench.tried) == 26
+
+
+def bowl(values: Values) -> float | None:
+    assert not isinstance(values["LR"], str)
+    return (math.log10(values["LR"]) + 1) ** 2 + (float(values["DEPTH"]) - 3) ** 2 / 20 + float(values["DECAY"])
+
+
+def test_a_proposer_can_be_told_of_every_outcome(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher))
+    bench.tell(PROGRAM, 1.0)
+    for outcome in Outcome:
+        (program,) = bench.programs()
+        bench.tell(program, 0.9 if outcome is Outcome.MEASURED else None, outcome)
+    assert len(bench.programs(3)) == 3
+
+
+def test_a_number_that_is_none_is_a_failure_and_not_a_score(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher))
+    bench.tell(PROGRAM, 1.0)
+    for value in (math.nan, math.inf, -math.inf):
+        (program,) = bench.programs()
+        bench.tell(program, value)
+    assert bench.programs(2)
+    again = Bench(TuneProposer(searcher=searcher), known=bench.known)
+    for program, outcome, value in bench.tried:
+        again.tell(program, value, outcome)
+    assert again.programs(2)
+
+
+def test_programs_that_others_proposed_are_learnt_from(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher))
+    bench.programs()
+    bench.tell(PROGRAM.replace("return LR", "return 2 * LR"), 0.8)
+    bench.tell(PROGRAM.replace("DEPTH = 6", "DEPTH = 2").replace("return LR", "return 3 * LR"), None)
+    assert len(bench.programs(3)) == 3
+
+
+def test_a_fresh_proposer_that_is_told_the_history_goes_on(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher, seed=5))
+    bench.climb(bowl, 8)
+    later = Bench(TuneProposer(searcher=searcher, seed=5), champion=bench.champion, known=set(bench.known))
+    for program, outcome, value in bench.tried:
+        later.tell(program, value, outcome)
+    assert len(later.programs(3)) == 3
+    assert later.climb(bowl, 5)[-1] <= bowl(values_of(bench.champion))  # type: ignore[operator]
+
+
+def test_a_restart_does_not_go_through_the_same_suggestions_again(searcher: str):
+    """Else a search with a fixed seed would find everything known after enough restarts, and end."""
+    firsts: set[str] = set()
+    for told in range(4):
+        bench = Bench(TuneProposer(searcher=searcher, seed=5))
+        for number in range(told):
+            bench.tell(PROGRAM.replace("0.02", f"0.0{number + 3}"), 1.0)
+        firsts.add(bench.ask()[0].patch)
+    assert len(firsts) == 4
+
+
+def test_the_same_history_and_seed_give_the_same_ideas(searcher: str):
+    courses: list[list[str]] = []
+    for _ in range(2):
+        bench = Bench(TuneProposer(searcher=searcher, seed=9))
+        bench.climb(bowl, 6)
+        courses.append([program for program, _, _ in bench.tried])
+    assert courses[0] == courses[1]
+
+
+def test_ideas_follow_the_champion(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher))
+    bench.tell(PROGRAM, 1.0)
+    early = bench.ask(2)
+    bench.champion = rewrite(PROGRAM, {"LR": 0.1, "MODE": "fast"}).replace("return LR", "return 5 * LR")
+    bench.tell(bench.champion, 0.5)
+    for program in bench.programs(4):  # `checked` sees that they are the new champion, moved a little
+        assert "return 5 * LR" in program
+    bench.tell(patched(PROGRAM, early[0].patch), 0.9)  # what was proposed on the old one comes in late
+    assert bench.programs()
+
+
+CHANGES: dict[str, tuple[str, str]] = {
+    "a new knob": ("SEED_WORD", "GAIN = 1.0  # in [0.5, 2.0]: of the input\nSEED_WORD"),
+    "a knob less": ("DECAY = 0.1  # in [0.0, 0.5]: of the weights\n", ""),
+    "a wider range": ("in [1, 12]", "in [1, 24]"),
+    "a narrower range": ("in [1, 12]", "in [5, 7]"),
+    "other choices": ('{"slow", "fast", "odd"}', '{"slow", "brisk"}'),
+    "a range of choices": ('MODE = "slow"  # in {"slow", "fast", "odd"}', "MODE = 1.5  # in [1.0, 2.0]"),
+    "choices of a range": ("DECAY = 0.1  # in [0.0, 0.5]", 'DECAY = "none"  # in {"none", "some"}'),
+    "whole numbers no more": ("HEADS = 4  # in [1, 8]", "HEADS = 4.0  # in [1, 8]"),
+    "another order": ("LR = 0.02  # in [0.001, 0.3] log: step size\n", ""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_champion_with_other_knobs_is_searched_on_with_what_is_known(searcher: str, change: str):
+    bench = Bench(TuneProposer(searcher=searcher))
+    bench.tell(PROGRAM, 1.0)
+    for program, value in zip(bench.programs(3), (0.9, None, 1.1), strict=True):
+        bench.tell(program, value)
+    bench.champion = PROGRAM.replace(*CHANGES[change])
+    if change == "another order":
+        bench.champion += "\nLR = 0.02  # in [0.001, 0.3] log: step size\n"
+    assert bench.champion != PROGRAM
+    bench.tell(bench.champion, 0.8)
+    for program in bench.programs(3):
+        bench.tell(program, None)
+    assert bench.programs()
+    bench.champion = PROGRAM  # and back again
+    assert bench.programs()
+
+
+def test_profiles_are_searched_apart(searcher: str):
+    proposer = TuneProposer(searcher=searcher)
+    one, other = Bench(proposer), Bench(proposer, profile="gpu")
+    one.tell(PROGRAM, 1.0)
+    assert one.programs(2)
+    assert other.programs(2)
+    for program in other.programs(2):
+        other.tell(program, 0.5)
+    assert one.programs()
+
+
+def test_a_program_without_knobs_gives_no_idea(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher), champion="LR = 0.1\n\ndef train(run):\n    return None\n")
+    bench.tell(bench.champion, 1.0)
+    assert bench.ask(3) == []
+
+
+TINY = 'A = 1  # in {1, 2, 4}: a\nB = "x"  # in {"x", "y"}: b\nC = 3  # in [3, 4]: c\nD = 1.0  # in [1.0, 1.0]: fixed\n'
+
+
+def test_a_space_is_searched_to_its_end_and_then_there_are_no_ideas(searcher: str):
+    bench = Bench(TuneProposer(searcher=searcher), champion=TINY)
+    bench.tell(TINY, 1.0)
+    found = 0
+    while programs := bench.programs(2):
+        found += len(programs)
+        for program in programs:
+            bench.tell(program, 1.0)
+    assert found == 3 * 2 * 2 - 1
+    started = time.thread_time()
+    assert bench.ask(8) == []
+    assert time.thread_time() - started < 2
+
+
+def test_a_champion_among_failures_has_no_ideas_soon(searcher: str):
+    """Every neighbour lies nearer to a failure than to the champion."""
+    bench = Bench(TuneProposer(searcher=searcher), champion="A = 5  # in [1, 9]: a\nB = 5  # in [1, 9]: b\n")
+    bench.tell(bench.champion, 1.0)
+    for a in range(4, 7):
+        for b in range(4, 7):
+            if (a, b) != (5, 5):
+                bench.tell(rewrite(bench.champion, {"A": a, "B": b}), None)
+    started = time.thread_time()
+    assert bench.ask(4) == []
+    assert time.thread_time() - started < 2
+
+
+def test_a_champion_that_was_never_told_is_a_program_that_ran(searcher: str):
+    """Carried wins are measured in pairs, which a proposer is not told of."""
+    bench = Bench(TuneProposer(searcher=searcher))
+    bench.tell(PROGRAM.replace("return LR", "return undefined"), None)  # a draft that crashed, with the same knobs
+    assert len(bench.programs(3)) == 3
+
+
+def test_what_does_not_fit_the_memory_is_avoided_more_and_more():
+    """Programs that are large in all runs out of memory; the best lie not far from there."""
+    source = "".join(f"{name} = 10  # in [1, 20]: a\n" for name in "ABCD")
+
+    def size(values: Values) -> int:
+        return sum(int(value) for value in values.values())
+
+    failed = [0, 0]
+    for seed in range(4):
+        bench = Bench(TuneProposer(seed=seed), champion=source)
+        bench.climb(lambda values: None if size(values) > 44 else abs(size(values) - 34), 40)
+        for number, (program, _, value) in enumerate(bench.tried[1:]):
+            failed[number // 20] += value is None
+            assert (value is None) == (size(values_of(program)) > 44)
+    assert failed[0] > 8
+    assert failed[1] < 0.6 * failed[0]
+
+
+def test_rules_of_constants_that_are_no_knobs_are_kept(searcher: str):
+    source = "A = 8  # in {2, 4, 8, 12, 16, 20}: a\nSTEP = 4\n# rule: A % STEP == 0\n"
+    bench = Bench(TuneProposer(searcher=searcher), champion=source)
+    assert sorted(int(values_of(program)["A"]) for program in bench.programs(9)) == [4, 12, 16]
+
+
+def test_a_rule_that_the_champion_itself_breaks_holds_nothing_up(searcher: str):
+    source = "A = 8  # in [1, 16]: a\nB = 3  # in [1, 16]: b\n# rule: A + B == 12\n# rule: A < 12\n"
+    proposer = TuneProposer(searcher=searcher)
+    ideas = proposer.ask(Request("cpu", "x", {"train.py": source}, 5, frozenset(), Direction.MINIMIZE))
+    assert len(ideas) == 5
+    assert all(int(values_of(patched(source, idea.patch))["A"]) < 12 for idea in ideas)
+
+
+def test_a_rule_that_cannot_be_computed_is_said_in_one_line(searcher: str):
+    with pytest.raises(UserError, match="only arithmetic, comparisons"):
+        Bench(TuneProposer(searcher=searcher), champion="A = 1  # in [1, 9]: a\n# rule: open(A)\n").ask()
+
+
+def test_the_tuned_file_may_have_another_name():
+    proposer = TuneProposer(path="score.py")
+    request = Request("cpu", "x", {"score.py": PROGRAM, "b.txt": "-"}, 1, frozenset(), Direction.MINIMIZE)
+    assert proposer.ask(request)[0].patch.startswith("diff --git a/score.py b/score.py")
+
+
+# ---- the knobs of a proposal ----
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_any_program_with_knobs_can_be_tuned(seed: int):
+    chance = random.Random(seed)
+    bench = Bench(TuneProposer(searcher=chance.choice(["optuna", "random"]), seed=seed), champion=any_program(chance))
+    for program in bench.programs(4):
+        bench.tell(program, chance.choice([None, chance.random()]))
+    bench.programs(2)
+
+
+def any_program(chance: random.Random) -> str:
+    lines: list[str] = []
+    for number in range(chance.randint(1, 6)):
+        kind = chance.choice(["int", "log int", "float", "log", "numbers", "words"])
+        if kind in ("int", "log int"):
+            low = chance.randint(1, 50) if "log" in kind else chance.randint(-9, 50)
+            high = low + chance.choice([0, 1, 2, 7, 1000])
+            text = f"{chance.randint(low, high)}  # in [{low}, {high}]{' log' * ('log' in kind)}"
+        elif kind in ("float", "log"):
+            low = chance.choice([1e-7, 0.123456, 0.99995, 3.0, 12345.678])
+            high = low * chance.choice([1.0, 1.00001, 1.5, 1000.0])
+            text = f"{low!r}  # in [{low!r}, {high!r}]{' log' * (kind == 'log')}"
+        else:
+            pool: list[Value] = [1, 2, 4, 8, 16, 0.5] if kind == "numbers" else ["a", "é", 'q"', "", "b c"]
+            choices = chance.sample(pool, chance.randint(1, 5))
+            text = f"{choices[0]!r}  # in {{{', '.join(map(repr, choices))}}}"
+        lines.append(f"K_{number} = {text}: help\n")
+    return "".join(lines)
+
+
+def moves(source: str, name: str, *, searcher: str = "random", asks: int = 80) -> list[Value]:
+    """All values that a knob is given on one champion."""
+    bench = Bench(TuneProposer(searcher=searcher), champion=source)
+    return [values_of(program)[name] for program in bench.programs(asks)]
+
+
+def test_a_range_of_two_whole_numbers_can_be_moved(searcher: str):
+    """A third of such a range is less than a whole number."""
+    assert moves("A = 1  # in [1, 2]: a\n", "A", searcher=searcher) == [2]
+    assert moves("A = 2  # in [1, 2] log: a\n", "A", searcher=searcher) == [1]
+
+
+def test_choices_of_numbers_in_order_move_at_most_two_places(searcher: str):
+    rising = "A = 16  # in {1, 2, 4, 8, 16, 32, 64, 128}: a\n"
+    assert sorted(int(value) for value in moves(rising, "A", searcher=searcher)) == [4, 8, 32, 64]
+    falling = "A = 0.5  # in {4.0, 2.0, 0.5, 0.1, 0.01, 0.0}: a\n"
+    assert sorted(float(value) for value in moves(falling, "A", searcher=searcher)) == [0.01, 0.1, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("choices", ['"a", "b", "c", "d", "e"', "3, 1, 2, 5, 4", "True, 1.5, 2, 3, 4"])
+def test_other_choices_may_jump(searcher: str, choices: str):
+    first = choices.partition(",")[0]
+    assert len(moves(f"A = {first}  # in {{{choices}}}: a\n", "A", searcher=searcher)) == 4
+
+
+def test_a_range_is_moved_far_enough_to_be_seen_and_no_further_than_a_third():
+    values = [float(value) for value in moves("A = 0.5  # in [0.0, 1.0]: a\n", "A", asks=200)]
+    assert min(abs(value - 0.5) for value in values) >= LEAST - 1e-4
+    assert max(abs(value - 0.5) for value in values) == pytest.approx(REACH, abs=1e-3)
+
+
+def test_values_have_four_digits_and_stay_inside_ranges_with_more():
+    for value in moves("A = 0.5  # in [0.123456, 0.987654]: a\n", "A", asks=100):
+        assert len(str(value)) <= 6
+    for start in (0.123456, 0.987654):
+        for value in moves(f"A = {start}  # in [0.123456, 0.987654]: a\n", "A", asks=60):
+            assert 0.123456 <= float(value) <= 0.987654
+
+
+def test_the_hypothesis_names_the_moves_and_helps_with_a_single_one():
+    bench = Bench(TuneProposer(seed=2))
+    hypotheses = [idea.hypothesis for idea in bench.ask(30)]
+    single = [text for text in hypotheses if ", " not in text]
+    assert any(text.startswith("LR 0.02 → 0.") and text.endswith(" (step size)") for text in single)
+    assert any(text.count(" → ") == 3 for text in hypotheses)
+
+
+# ---- searchers ----
+
+
+def smooth(best: Mapping[str, float]) -> Callable[[Values], float]:
+    def score(values: Values) -> float:
+        knobs = read_knobs(SIX)
+        return sum((1 + i % 3) * (knobs[name].unit(values[name]) - best[name]) ** 2 for i, name in enumerate(knobs))
+
+    return score
+
+
+SIX = "".join(
+    f"{name} = 0.001  # in [0.001, 1.0] log: a\n" if name in "ACE" else f"{name} = 0.0  # in [0.0, 1.0]: a\n"
+    for name in "ABCDEF"
+)
+
+
+def test_tpe_uses_what_it_was_told():
+    """On a smooth function of six knobs, 60 proposals one after the other, against the same at random."""
+    ends: dict[str, list[float]] = {"optuna": [], "random": []}
+    for seed in range(5):
+        chance = random.Random(seed)
+        score = smooth({name: chance.uniform(0.2, 0.9) for name in "ABCDEF"})
+        for name, end in ends.items():
+            end.append(Bench(TuneProposer(searcher=name, seed=seed), champion=SIX).climb(score, 60)[-1])
+    assert median(ends["optuna"]) < 0.7 * median(ends["random"])
+
+
+def test_the_direction_of_the_metric_is_heeded():
+    """Told the same scores, TPE goes where they are low, or where they are high."""
+    ends: dict[Direction, list[float]] = {direction: [] for direction in Direction}
+    for direction, end in ends.items():
+        for seed in range(5):
+            bench = Bench(TuneProposer(seed=seed), champion="A = 0.5  # in [0.0, 1.0]: a\n", direction=direction)
+            for number in range(20):
+                bench.tell(rewrite(bench.champion, {"A": 0.01 + number / 21}), number / 20)
+            end += [float(values_of(program)["A"]) for program in bench.programs()]
+    assert median(ends[Direction.MINIMIZE]) < 0.3
+    assert median(ends[Direction.MAXIMIZE]) > 0.7
+
+
+def test_a_long_study_is_modelled_by_its_best_and_its_latest_runs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "MODELLED_RUNS", 12)
+    monkeypatch.setattr(tune, "BEST_RUNS", 3)
+    bench = Bench(TuneProposer(seed=1), champion=SIX)
+    chance = random.Random(1)
+    for number in range(60):
+        values: Values = {name: chance.uniform(0.01, 0.99) for name in "ABCDEF"}
+        bench.tell(rewrite(SIX, values), None if number % 9 == 4 else abs(number - 20.0))
+        if number % 5 == 0:
+            bench.programs()
+    bench.programs()
+    assert isinstance(bench.proposer, TuneProposer)
+    trials = bench.proposer._spaces["cpu"].searcher._ot_study.trials  # pyright: ignore[reportPrivateUsage]
+    told = [trial.value for trial in trials if trial.state.is_finished() and trial.state.name != "FAIL"]
+    assert len(told) < 24 + 5
+    assert {0.0, 1.0} <= set(told)
+
+
+def test_a_searcher_that_learns_only_from_its_own_is_told_of_the_champion_and_of_its_own():
+    bench = Bench(TuneProposer(searcher="dense"))
+    bench.tell(PROGRAM, 1.0)
+    first, second = bench.programs(2)
+    (made,) = Dense.made
+    assert made.learnt == [(values_of(PROGRAM), 1.0)]
+    bench.tell(second, 0.7)
+    bench.tell(first, None)
+    bench.tell(PROGRAM.replace("return LR", "return 2 * LR"), 0.2)
+    assert [value for _, value in made.learnt] == [1.0, 0.7]
+    assert made.open == {}
+
+
+def test_a_new_champion_gets_a_new_searcher_of_its_own_neighbourhood():
+    bench = Bench(TuneProposer(searcher="dense"))
+    bench.tell(PROGRAM, 1.0)
+    (late,) = bench.programs()
+    bench.champion = rewrite(PROGRAM, {"DEPTH": 2, "WIDTH": 256})
+    bench.tell(bench.champion, 0.5)
+    bench.programs(2)
+    bench.tell(late, 0.9)  # was suggested by the old searcher: the new one does not know it
+    assert len(Dense.made) == 2
+    assert [value for _, value in Dense.made[1].learnt] == [0.5]
+    depth, width = (Dense.made[1].space[name] for name in ("DEPTH", "WIDTH"))
+    assert (depth.lower, depth.upper) == (1, 6)  # upper is exclusive
+    assert width.categories == [128, 192, 256]
+    bench.champion = bench.champion.replace("return LR", "return 2 * LR")  # other code, the same knobs
+    bench.programs()
+    assert len(Dense.made) == 2
+
+
+class Exhausted(Dense):
+    """Has no more after its first suggestion."""
+
+    def suggest(self, trial_id: str) -> Any:
+        return super().suggest(trial_id) if self.points else Searcher.FINISHED
+
+
+class Picky(Dense):
+    """Knows no choices, as bayesopt."""
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **_: Any) -> bool:
+        raise ValueError("BayesOpt does not support parameters of type `Categorical`\nwith more lines")
+
+
+def test_when_the_searcher_has_no_more_the_neighbourhood_is_tried(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(search.SEARCH_ALG_IMPORT, "dense", lambda: Exhausted)
+    bench = Bench(TuneProposer(searcher="dense"))
+    assert len(bench.programs(5)) == 5
+
+
+def test_knobs_that_a_searcher_cannot_search_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(search.SEARCH_ALG_IMPORT, "dense", lambda: Picky)
+    with pytest.raises(UserError) as error:
+        Bench(TuneProposer(searcher="dense")).ask()
+    assert str(error.value) == (
+        "searcher 'dense' cannot search these knobs: BayesOpt does not support parameters of type `Categorical`; "
+        "take another with --searcher"
+    )
+
+
+def test_an_unknown_searcher_is_refused_with_those_that_are_known():
+    with pytest.raises(UserError) as error:
+        check_searcher("gradient")
+    assert str(error.value) == (
+        "searcher 'gradient' is not known; known: ax, bayesopt, bohb, dense, hebo, hyperopt, nevergrad, optuna, "
+        "random, zoopt; take one with --searcher"
+    )
+    with pytest.raises(UserError):
+        TuneProposer(searcher="gradient")
+
+
+def test_a_searcher_whose_package_is_missing_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(tune.PACKAGES, "ax", "no_such_package")
+    with pytest.raises(UserError, match="searcher 'ax' needs the package 'no_such_package', which is not installed"):
+        check_searcher("ax")
+    check_searcher("optuna")
+    check_searcher("random")
+
+
+def test_the_searchers_are_those_of_ray_and_learn_as_is_said():
+    names = set(PACKAGES) - {"dense"}
+    assert names == set(search.SEARCH_ALG_IMPORT) - {"variant_generator", "dense"}
+    for name in names - {"random"}:
+        kind: Any = search.SEARCH_ALG_IMPORT[name]()
+        learns = kind.add_evaluated_point is not Searcher.add_evaluated_point
+        assert learns == (name in LEARN_ALL), name
+
+
+def test_proposing_starts_no_ray():
+    code = (
+        "from raysearch.proposers.tune import TuneProposer\nfrom raysearch.proposers import Request\n"
+        "from raysearch.model import Direction\nimport sys\n"
+        "files = {'train.py': 'A = 0.5  # in [0.0, 1.0]: a\\n'}\n"
+        "ideas = TuneProposer().ask(Request('cpu', 'x', files, 2, frozenset(), Direction.MINIMIZE))\n"
+        "import ray\nprint(len(ideas), ray.is_initialized(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False", "False"]
+    assert done.stderr == ""
+
+
+# ---- the inbox ----
+
+
+def dropped(tmp_path: Path, **options: Any) -> Path:
+    given: dict[str, Any] = {"patch": "a patch", "why": "Because: ½ of it", "by": "ada", "profiles": ["cpu"], "at": 1e9}
+    return inbox.drop(tmp_path / "inbox", **given | options)
+
+
+def test_what_is_dropped_is_taken_once_and_kept(tmp_path: Path):
+    path = dropped(tmp_path, profiles=["cpu", "gpu"], patch="-a\r\n+é\n")
+    ((item,), bad) = inbox.waiting(tmp_path / "inbox")
+    assert bad == []
+    assert (item.path, item.profiles) == (path, ("cpu", "gpu"))
+    assert item.idea == Idea("-a\r\n+é\n", Operator.DRAFT, "Because: ½ of it", "ada")
+    inbox.take(path)
+    assert inbox.waiting(tmp_path / "inbox") == ([], [])
+    assert (tmp_path / "inbox" / "taken" / path.name).exists()
+
+
+def test_an_empty_or_missing_inbox_is_no_trouble(tmp_path: Path):
+    assert inbox.waiting(tmp_path / "inbox") == ([], [])
+
+
+def test_the_oldest_comes_first_and_a_half_written_one_is_not_seen(tmp_path: Path):
+    dropped(tmp_path, at=2e9, why="later")
+    dropped(tmp_path, at=1.5e9, why="earlier")
+    (tmp_path / "inbox" / "1.tmp").write_text('{"patch": ')
+    items, bad = inbox.waiting(tmp_path / "inbox")
+    assert [item.idea.hypothesis for item in items] == ["earlier", "later"]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        "{}",
+        json.dumps({"patch": "p", "why": "w", "by": "b"}),
+        json.dumps({"patch": "p", "why": "w", "by": "b", "profiles": "cpu"}),
+        json.dumps({"patch": None, "why": "w", "by": "b", "profiles": ["cpu"]}),
+        json.dumps({"patch": "p", "why": "w", "by": "b", "profiles": [1]}),
+        json.dumps({"patch": "p", "why": "half \ud800", "by": "b", "profiles": ["cpu"]}),
+    ],
+)
+def test_a_file_that_is_no_item_is_told_from_the_others(tmp_path: Path, content: str):
+    dropped(tmp_path)
+    wrong = tmp_path / "inbox" / "0.json"
+    wrong.write_text(content)
+    items, bad = inbox.waiting(tmp_path / "inbox")
+    assert len(items) == 1
+    ((path, reason),) = bad
+    assert path == wrong
+    assert reason
+    assert "\n" not in reason
+    inbox.take(path)
+    wrong.write_text(content)
+    inbox.take(path)  # a second of that name is kept as well
+    assert len(list((tmp_path / "inbox" / "taken").iterdir())) == 2
+
+
+# ---- the thread that asks ----
+
+
+class Scripted:
+    """A proposer that answers as it is told to."""
+
+    name = "scripted"
+
+    def __init__(self, *answers: list[Idea] | Exception) -> None:
+        self.answers: Iterator[list[Idea] | Exception] = iter(answers)
+        self.told: list[Told] = []
+
+    def ask(self, request: Request) -> list[Idea]:
+        answer = next(self.answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def tell(self, told: Told) -> None:
+        if told.outcome is Outcome.CRASHED:
+            raise ValueError("cannot learn\nfrom that")
+        self.told.append(told)
+
+
+IDEA = Idea("p", Operator.TUNE, "h", "scripted")
+REQUEST = Request("cpu", "x", {}, 2, frozenset(), Direction.MINIMIZE)
+
+
+def answered(asker: Asker) -> Any:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if answers := asker.answers():
+            (answer,) = answers
+            return answer
+        time.sleep(0.001)
+    raise AssertionError("no answer")
+
+
+@pytest.fixture
+def ask_of() -> Iterator[Callable[..., tuple[Asker, Clock]]]:
+    askers: list[Asker] = []
+
+    def make(*answers: list[Idea] | Exception) -> tuple[Asker, Clock]:
+        clock = Clock(1000.0)
+        askers.append(Asker(Scripted(*answers), clock))
+        return askers[-1], clock
+
+    yield make
+    for asker in askers:
+        asker.close()
+
+
+AskOf = Callable[..., tuple[Asker, Clock]]
+
+
+def test_an_answer_comes_with_its_request_and_is_outstanding_until_then(ask_of: AskOf):
+    asker, _ = ask_of([IDEA, IDEA])
+    asker.ask(REQUEST)
+    assert asker.outstanding() == {"cpu": 2}
+    answer = answered(asker)
+    assert (answer.request, answer.ideas, answer.failure) == (REQUEST, [IDEA, IDEA], "")
+    assert asker.outstanding() == {}
+    assert not asker.in_flight()
+    assert asker.answers() == []
+
+
+def test_asks_that_give_nothing_are_repeated_ever_more_rarely(ask_of: AskOf):
+    asker, clock = ask_of([], RuntimeError("no connection\nto anything"), *[[]] * 8, [IDEA])
+    pauses: list[float] = []
+    for number in range(10):
+        asker.ask(REQUEST)
+        answer = answered(asker)
+        assert answer.failure == ("RuntimeError: no connection" if number == 1 else "")
+        assert asker.fruitless("cpu") == number + 1
+        before = clock.now
+        while asker.outstanding():
+            assert not asker.in_flight()
+            clock.now += 0.5
+        pauses.append(clock.now - before)
+    assert pauses[:4] == [1.0, 2.0, 4.0, 8.0]
+    assert pauses[-1] == PAUSE_S[1]
+    asker.ask(REQUEST)
+    assert answered(asker).ideas == [IDEA]
+    assert asker.fruitless("cpu") == 0
+    assert asker.outstanding() == {}
+
+
+def test_something_new_ends_a_pause(ask_of: AskOf):
+    asker, _ = ask_of([])
+    asker.ask(REQUEST)
+    answered(asker)
+    assert asker.outstanding() == {"cpu": 2}
+    asker.retry("cpu")
+    asker.retry("gpu")
+    assert asker.outstanding() == {}
+    assert asker.fruitless("cpu") == 0
+
+
+def test_what_goes_wrong_in_telling_is_said_and_does_no_harm(ask_of: AskOf):
+    asker, _ = ask_of([IDEA])
+    asker.tell(lambda: Told("cpu", {}, Outcome.CRASHED, None))
+    asker.tell(lambda: {}["gone"])
+    asker.ask(REQUEST)  # one thread: what was told before has been heard by the time that this is answered
+    assert answered(asker).ideas == [IDEA]
+    assert asker.broken_tells() == ["ValueError: cannot learn", "KeyError: 'gone'"]
+    assert asker.broken_tells() == []
