@@ -39,9 +39,10 @@ def supervise(out: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # the pipe says when to stop
     started = time.monotonic()
     found: dict[str, Any] = {"attempt": order["attempt"], "code": None, "ended": "", "reason": ""}
+    found["spawned_at"] = time.time()
     with open(f"{out}/run.log", "wb") as log:
         try:
-            process = _start(order, out, log)
+            process = _start(order, out, log, found["spawned_at"])
         except OSError as error:
             found |= {"ended": "lost", "reason": f"it could not be started: {error}"}
         else:
@@ -54,11 +55,11 @@ def supervise(out: str) -> None:
     os.replace(f"{out}/exit.json.tmp", f"{out}/exit.json")
 
 
-def _start(order: Mapping[str, Any], out: str, log: BinaryIO) -> subprocess.Popen[bytes]:
+def _start(order: Mapping[str, Any], out: str, log: BinaryIO, spawned_at: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         order["command"],
         cwd=f"{out}/work",
-        env={**order["env"], "RAYSEARCH_SPAWNED_AT": repr(time.time())},
+        env={**order["env"], "RAYSEARCH_SPAWNED_AT": repr(spawned_at)},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

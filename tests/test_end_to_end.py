@@ -188,9 +188,13 @@ def test_a_study_of_the_real_trainer_that_is_killed_once_runs_to_its_end(bench: 
         assert state.measurement is not None
         assert state.measurement.facts["total_tokens"] >= 16384
         assert state.measurement.parts_s["train"] > 0
+        assert json.loads((toy.folder.trials / name / "result.json").read_text())["val_bpb"] == state.measurement.value
         assert 1.0 < state.measurement.value < 8.0
         left = {path.name for path in (toy.folder.trials / name).iterdir()}
         assert {"run.log", "result.json", "curve.jsonl", "documents.npz"} <= left
+    first = study.trials["cpu-base-1"].measurement
+    assert first is not None
+    assert first.holdout is not None
     rows = (toy.path / "results.tsv").read_text().splitlines()
     assert rows[0].split("\t")[:5] == ["commit", "val_bpb", "memory_gb", "status", "description"]
     assert bench.processes("real") == []

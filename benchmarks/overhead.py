@@ -1,0 +1,164 @@
+"""Where the seconds between and around trials go: a table from a study's journal. It changes no study.
+
+`python benchmarks/overhead.py` runs a study of a program that sleeps for half a second, and prints what lies between
+two trials on a slot. `python benchmarks/overhead.py --study DIR` does so for any study, with the parts of its trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raysearch.journal import Journal
+from raysearch.model import Measurement, Outcome, Record, SessionStarted, TrialFinished, TrialStarted
+
+OBJECTIVE = """
+[objective]
+editable = ["score.py"]
+command = ["{python}", "score.py"]
+metric = "score"
+timeout_s = 30
+"""
+PROGRAM = """
+import time
+
+LR = 0.003  # in [0.0001, 1.0] log: step size
+WIDTH = 64  # in [16, 256] log: units
+time.sleep(0.5)
+print(f"score: {abs(LR - 0.1) + abs(WIDTH - 100) / 1000 + time.time() % 0.001}")
+"""
+PARTS = ("start", "import", "data", "build", "first_step", "train", "eval", "holdout")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A measured attempt; times are Unix times in seconds, `spawned_at` and `ended_at` by its supervisor."""
+
+    trial: str
+    slot: str
+    started_at: float
+    finished_at: float
+    spawned_at: float
+    ended_at: float
+    measurement: Measurement
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--study", type=Path, help="Folder of a study; without it a quick one is run.")
+    parser.add_argument("--trials", type=int, default=12, help="Of the quick study.")
+    arguments = parser.parse_args()
+    if arguments.study:
+        show(arguments.study)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        show(quick_study(Path(folder), trials=arguments.trials))
+
+
+def quick_study(folder: Path, *, trials: int) -> Path:
+    """Runs a study of short trials on two slots; returns its folder."""
+    (folder / "objective.toml").write_text(OBJECTIVE)
+    (folder / "score.py").write_text(PROGRAM)
+    options = ["--study", "quick", "--objective", "objective.toml", "--cpu-slots", "2", "--trials", str(trials)]
+    subprocess.run([sys.executable, "-m", "raysearch.run", *options], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / "studies/quick"
+
+
+def show(study: Path) -> None:
+    """Prints what lies between the trials of a study, and the parts of each."""
+    journal = Journal(study / "journal.db", writer=False)
+    try:
+        records = list(journal.read())
+    finally:
+        journal.close()
+    attempts = measured(records, study)
+    print(f"{study.name}: {len(attempts)} measured trials on {len({attempt.slot for attempt in attempts})} slots\n")
+    between(attempts, records)
+    inside(attempts)
+
+
+def measured(records: Sequence[Record], study: Path) -> list[Attempt]:
+    """The measured attempts in the order in which they ended, as far as their supervisors' words are on this disk."""
+    started: dict[str, Record] = {}
+    found: list[Attempt] = []
+    for record in records:
+        if isinstance(record.event, TrialStarted):
+            started[record.event.trial.id] = record
+        if not isinstance(record.event, TrialFinished) or record.event.outcome is not Outcome.MEASURED:
+            continue
+        start, measurement = started[record.event.trial_id], record.event.measurement
+        said = study / "trials" / record.event.trial_id / "exit.json"
+        if not isinstance(start.event, TrialStarted) or measurement is None or not said.exists():
+            continue
+        spawned_at = float(json.loads(said.read_text())["spawned_at"])
+        ended_at = spawned_at + measurement.wall_s
+        name, slot = record.event.trial_id, start.event.slot
+        found.append(Attempt(name, slot, start.at, record.at, spawned_at, ended_at, measurement))
+    return found
+
+
+def between(attempts: Sequence[Attempt], records: Sequence[Record]) -> None:
+    """The way from the end of one trial's process to the start of the next one's on the same slot."""
+    sessions = [record.at for record in records if isinstance(record.event, SessionStarted)]
+    pairs: list[tuple[Attempt, Attempt]] = []
+    for slot in {attempt.slot for attempt in attempts}:
+        row = sorted((attempt for attempt in attempts if attempt.slot == slot), key=lambda attempt: attempt.started_at)
+        for one, two in itertools.pairwise(row):
+            if not any(one.finished_at < at < two.started_at for at in sessions):
+                pairs.append((one, two))
+    rows = {
+        "process ended -> journalled (supervisor, Ray)": [one.finished_at - one.ended_at for one, _ in pairs],
+        "journalled -> next one journalled (coordinator)": [two.started_at - one.finished_at for one, two in pairs],
+        "journalled -> process spawned (Ray, supervisor)": [two.spawned_at - two.started_at for _, two in pairs],
+        "the whole gap between two processes": [two.spawned_at - one.ended_at for one, two in pairs],
+    }
+    table("between two trials on a slot, ms", {name: [1000 * gap for gap in gaps] for name, gaps in rows.items()}, 1)
+    longer = sum(two.started_at - one.finished_at > 0.1 for one, two in pairs)
+    print(f"the coordinator's part is longer than 100 ms (nothing was in line yet): {longer} of {len(pairs)}\n")
+
+
+def inside(attempts: Sequence[Attempt]) -> None:
+    """The parts of a trial as it was seen from outside, and as the harness reports them."""
+    rows = {
+        "journal to journal": [attempt.finished_at - attempt.started_at for attempt in attempts],
+        "slot and supervisor": [
+            attempt.finished_at - attempt.started_at - attempt.measurement.wall_s for attempt in attempts
+        ],
+        "process": [attempt.measurement.wall_s for attempt in attempts],
+    }
+    parts = [part for part in PARTS if any(part in attempt.measurement.parts_s for attempt in attempts)]
+    rows |= {
+        f"  {part}": [a.measurement.parts_s[part] for a in attempts if a.measurement.parts_s.get(part)]
+        for part in parts
+    }
+    if parts:
+        rows["  rest"] = [
+            a.measurement.wall_s - sum(a.measurement.parts_s.get(p, 0.0) for p in parts) for a in attempts
+        ]
+        rows["overhead: journal to journal without train"] = [
+            a.finished_at - a.started_at - a.measurement.training_s for a in attempts
+        ]
+    table("a trial, s", rows, 3)
+
+
+def table(title: str, rows: Mapping[str, Sequence[float]], digits: int) -> None:
+    """Prints median, smallest and largest of each row."""
+    print(f"{title:<52}{'median':>9}{'min':>9}{'max':>9}{'n':>6}")
+    for name, values in rows.items():
+        if values:
+            numbers = (statistics.median(values), min(values), max(values))
+            print(f"{name:<52}{''.join(f'{number:>9.{digits}f}' for number in numbers)}{len(values):>6}")
+    print()
+
+
+if __name__ == "__main__":
+    main()
