@@ -15,7 +15,9 @@ import pytest
 import torch
 from trainer_kit import BOS, ROW_TOKENS, VOCAB, Ran, make_data, run_harness
 
-from trainer import harness
+from trainer import harness, micro_batch, run, telemetry
+from trainer.errors import ContractError
+from trainer.rows import TokenStream
 
 # A model that sees the last token alone, and a loop that keeps to the contract.
 BIGRAM = """
@@ -155,7 +157,7 @@ def retrained_table(data: Path, *, tokens: int, seed: int) -> np.ndarray:
     """The bigram's table as BIGRAM trains it, in float64 numpy but for its start."""
     torch.manual_seed(seed)
     table = torch.nn.Embedding(VOCAB, VOCAB).weight.detach().double().numpy()
-    stream = harness.TokenStream(np.load(data / "train.rows.npy"), seed=seed)
+    stream = TokenStream(np.load(data / "train.rows.npy"), seed=seed)
     for start in range(0, tokens, 256):
         x, y = stream.pairs(start, 256)
         p = np.exp(table[x])
@@ -217,23 +219,23 @@ def test_a_candidate_that_replaces_the_clock_gains_no_time(data: Path, tmp_path:
 
 def test_batches_do_not_depend_on_how_they_are_cut(data: Path):
     rows = np.load(data / "train.rows.npy")
-    whole = harness.TokenStream(rows, seed=5).pairs(0, 3 * rows.size)  # three epochs and a bit
-    pieces = harness.TokenStream(rows, seed=5)
+    whole = TokenStream(rows, seed=5).pairs(0, 3 * rows.size)  # three epochs and a bit
+    pieces = TokenStream(rows, seed=5)
     start, cut = 0, []
     for count in [1, 7, 32, 256, 100, 5000, 64]:
         cut.append(pieces.pairs(start, count)[1])
         start += count
     np.testing.assert_array_equal(np.concatenate(cut), whole[1][:start])
-    other = harness.TokenStream(rows, seed=6).pairs(0, 256)
+    other = TokenStream(rows, seed=6).pairs(0, 256)
     assert (other[0] != whole[0][:256]).any()
 
 
 def test_an_epoch_shows_every_row_once_with_its_successors(data: Path):
     rows = np.load(data / "train.rows.npy")
-    x, y = harness.TokenStream(rows, seed=0).pairs(0, len(rows) * ROW_TOKENS)
+    x, y = TokenStream(rows, seed=0).pairs(0, len(rows) * ROW_TOKENS)
     seen = np.concatenate([x.reshape(-1, ROW_TOKENS), y.reshape(-1, ROW_TOKENS)[:, -1:]], axis=1)
     assert sorted(seen.tolist()) == sorted(rows.tolist())
-    second = harness.TokenStream(rows, seed=0).pairs(len(rows) * ROW_TOKENS, len(rows) * ROW_TOKENS)[0]
+    second = TokenStream(rows, seed=0).pairs(len(rows) * ROW_TOKENS, len(rows) * ROW_TOKENS)[0]
     assert (second != x).any()
     assert sorted(second.tolist()) == sorted(x.tolist())
 
@@ -333,7 +335,7 @@ def test_a_program_that_breaks_the_contract_is_invalid(name: str, data: Path, tm
 
 
 def test_work_after_the_budget_is_invalid(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(harness, "OVERTIME_S", 0.1)
+    monkeypatch.setattr(run, "OVERTIME_S", 0.1)
     longer = instead("    return model", "    time.sleep(0.5)\n    return model")
     ran = run_harness(longer, data, tmp_path, "--budget-s", "0.3")
     assert ran.exit_code == 3
@@ -447,19 +449,19 @@ def test_data_that_is_not_whole_costs_one_line_with_its_repair(tmp_path: Path, c
 
 
 def test_micro_batches_divide_the_total_batch_and_the_error_says_so():
-    assert harness.micro_batch_choices(2048, 256) == [1, 2, 4, 8]
-    assert harness.micro_batch_choices(2048, 256, 4) == [1, 2, 4]
-    assert harness.micro_batch_choices(12 * 64, 64) == [1, 2, 3, 4, 6, 12]
+    assert micro_batch.micro_batch_choices(2048, 256) == [1, 2, 4, 8]
+    assert micro_batch.micro_batch_choices(2048, 256, 4) == [1, 2, 4]
+    assert micro_batch.micro_batch_choices(12 * 64, 64) == [1, 2, 3, 4, 6, 12]
     message = "device batch 3 rows x 256 tokens must divide the total batch 2048; valid rows: 1, 2, 4, 8"
-    with pytest.raises(harness.ContractError, match=re.escape(message)):
-        harness.micro_batch_choices(2048, 256, 3)
-    with pytest.raises(harness.ContractError, match="total batch 100 must be a multiple of the row length 256"):
-        harness.micro_batch_choices(100, 256)
+    with pytest.raises(ContractError, match=re.escape(message)):
+        micro_batch.micro_batch_choices(2048, 256, 3)
+    with pytest.raises(ContractError, match="total batch 100 must be a multiple of the row length 256"):
+        micro_batch.micro_batch_choices(100, 256)
 
 
 def test_the_predicted_memory_is_that_of_the_measured_baseline():
     # 128 rows of 2048 tokens at depth 8, width 512, vocabulary 8192: 45 GB reserved on an H100
-    predicted = harness.predicted_bytes(128 * 2048, depth=8, dim=512, vocab_size=8192, parameters=50_300_000)
+    predicted = micro_batch.predicted_bytes(128 * 2048, depth=8, dim=512, vocab_size=8192, parameters=50_300_000)
     assert predicted / 1e9 == pytest.approx(47, abs=2)
 
 
@@ -480,13 +482,14 @@ def test_the_predicted_memory_is_that_of_the_measured_baseline():
     ],
 )
 def test_a_card_is_found_by_its_whole_name(card: str, tflops: float | None):
-    assert harness.peak_tflops(card) == tflops
+    assert telemetry.peak_tflops(card) == tflops
 
 
 # ---- on a GPU ----
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # of what torch's compiler imports
 def test_the_probe_leaves_no_trace_and_its_finding_is_remembered(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -495,17 +498,20 @@ def test_the_probe_leaves_no_trace_and_its_finding_is_remembered(
     model = torch.nn.Sequential(torch.nn.Embedding(VOCAB, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, VOCAB)).cuda()
     x = torch.randint(0, VOCAB, (16, ROW_TOKENS), device=device)
     state = torch.cuda.get_rng_state()
-    finder = harness.MicroBatchFinder(model, None, x, x, "program", vocab_size=VOCAB)
+    finder = micro_batch.MicroBatchFinder(model, None, x, x, "program", vocab_size=VOCAB)
     assert finder.find([1, 2, 4, 8, 16]) == 16
     assert torch.equal(state, torch.cuda.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     finder.halve()
-    again = harness.MicroBatchFinder(model, None, x, x, "program", vocab_size=VOCAB)
+    again = micro_batch.MicroBatchFinder(model, None, x, x, "program", vocab_size=VOCAB)
     assert again.find([1, 2, 4, 8, 16]) == 8
 
 
 @pytest.mark.gpu
-def test_the_probe_halves_until_memory_suffices():
+@pytest.mark.filterwarnings("default")  # of what torch's compiler imports
+def test_the_probe_halves_until_memory_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path))
+
     class Hungry(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -517,4 +523,4 @@ def test_the_probe_halves_until_memory_suffices():
             return self.table(tokens)
 
     x = torch.zeros((16, ROW_TOKENS), dtype=torch.long, device="cuda")
-    assert harness.MicroBatchFinder(Hungry(), None, x, x, "program", vocab_size=VOCAB).find([1, 2, 4, 8, 16]) == 4
+    assert micro_batch.MicroBatchFinder(Hungry(), None, x, x, "program", vocab_size=VOCAB).find([1, 2, 4, 8, 16]) == 4

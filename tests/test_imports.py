@@ -32,6 +32,18 @@ ALLOWED: dict[str, set[str]] = {
     "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers"},
     "folder": {"config", "journal", "ratchet"},
 }
+# what a trial is made of may import of the trainer: nothing that prepares data
+TRIAL: dict[str, set[str]] = {
+    "train": set(),
+    "errors": set(),
+    "rows": {"errors"},
+    "reporter": set(),
+    "telemetry": set(),
+    "micro_batch": {"common", "errors", "reporter", "telemetry"},
+    "evaluation": {"errors", "reporter", "rows"},
+    "run": {"errors", "micro_batch", "reporter", "rows"},
+    "harness": {"errors", "evaluation", "reporter", "rows", "run", "telemetry"},
+}
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -81,6 +93,11 @@ def test_pure_modules_import_pure_modules_alone(name: str):
 @pytest.mark.parametrize("name", sorted(set(modules("raysearch")) - PURE - TOP - {"__init__"}))
 def test_adapters_import_what_the_table_allows(name: str):
     assert own(modules("raysearch")[name], "raysearch") - PURE - {"__init__"} <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("name", sorted(TRIAL))
+def test_a_trial_imports_what_the_table_allows(name: str):
+    assert own(modules("trainer")[name], "trainer") <= TRIAL[name]
 
 
 @pytest.mark.parametrize("name", sorted(PURE))

@@ -1,8 +1,9 @@
-"""What the preparation modules share: the error meant for a person, notes on stderr, and the check of the disk.
+"""What the trainer's modules share: the error meant for a person, notes, the cache folder, the check of the disk.
 
 It does not know what is prepared, nor where it comes from.
 """
 
+import os
 import shlex
 import shutil
 import sys
@@ -56,6 +57,15 @@ def require_space(folder: Path, need_bytes: int, what: str) -> None:
             f"{folder}: {what} needs {need_bytes / MB:,.0f} MB and {free_bytes / MB:,.0f} MB are free; "
             "free some space, or choose another disk with --data DIR and RAYSEARCH_CACHE"
         )
+
+
+def cache_dir() -> Path:
+    """Where data and downloads are kept: RAYSEARCH_CACHE, else the user's cache folder."""
+    if named := os.environ.get("RAYSEARCH_CACHE"):
+        return Path(named).expanduser().absolute()
+    import platformdirs  # noqa: PLC0415
+
+    return platformdirs.user_cache_path("raysearch")
 
 
 def reason(error: Exception) -> str:

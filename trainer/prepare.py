@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from trainer import datasets, packing
-from trainer.common import MB, PRESETS, DataError, Ticker, preset_names, reason, require_space, say
+from trainer.common import MB, PRESETS, DataError, Ticker, cache_dir, preset_names, reason, require_space, say
 from trainer.datasets import SPLITS, Corpus
 from trainer.hub import Hub
 from trainer.manifest import (
@@ -455,15 +455,6 @@ def _online(dataset: str) -> bool:
         "tinystories": (datasets.TINYSTORIES_REPO, datasets.TINYSTORIES_FILE),
     }[dataset]
     return Hub().answers(repo, name)
-
-
-def cache_dir() -> Path:
-    """Where data and downloads are kept: RAYSEARCH_CACHE, else the user's cache folder."""
-    if named := os.environ.get("RAYSEARCH_CACHE"):
-        return Path(named).expanduser().absolute()
-    import platformdirs  # noqa: PLC0415
-
-    return platformdirs.user_cache_path("raysearch")
 
 
 def load_preset(name: str) -> dict[str, Any]:

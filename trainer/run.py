@@ -1,0 +1,238 @@
+"""What a candidate gets: batches, time, a micro-batch that fits, and `step`. It scores nothing."""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trainer.errors import ContractError, TrainingFailure
+from trainer.micro_batch import MicroBatchFinder, micro_batch_choices
+from trainer.reporter import Reporter
+from trainer.rows import Data, TokenStream
+
+_clock = time.perf_counter  # taken now: a candidate may replace the module's function later
+
+FIRST_STEP_TOLERANCE = 1.01  # first step's tokens over the later steps' average
+OVERTIME_SHARE, OVERTIME_S = 0.25, 2.0  # what may pass after the budget's end: half of a long step, a stall
+CPU_MICRO_BATCH_TOKENS = 2048
+
+
+class Run:
+    """The candidate's view of a trial: batches, time, a micro-batch that fits.
+
+    Attributes:
+        device: Where the model has to be.
+        vocab_size: V; the last dimension of the logits.
+        row_tokens: T of the evaluation's rows.
+        seed: Already given to torch, numpy and random.
+        budget_s: Seconds of training, or None when the budget is in tokens.
+        budget_tokens: Tokens of training, or None when the budget is in seconds.
+        progress: Share of the budget that was spent when the last step ended, 0 to 1. It stays 0 until the first step
+            ends, because compilation is free.
+        done: Whether the budget is spent.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        device: torch.device,
+        seed: int,
+        budget_s: float | None,
+        budget_tokens: int | None,
+        reporter: Reporter,
+        program_sha256: str,
+    ):
+        self.device, self.seed = device, seed
+        self.vocab_size, self.row_tokens = data.vocab_size, data.row_tokens
+        self.budget_s, self.budget_tokens = budget_s, budget_tokens
+        self.progress, self.done = 0.0, False
+        self._reporter, self._program_sha256 = reporter, program_sha256
+        self._stream = TokenStream(data.splits["train"].rows, seed=seed)
+        self._ahead: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._violation: Exception | None = None
+        self.record = TrainingRecord()
+
+    def batch(self, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next rows * seq_len training tokens and their successors.
+
+        Returns:
+            x and y, int64 (rows, seq_len) each, on the device.
+
+        Raises:
+            ContractError: rows or seq_len is not a positive whole number.
+        """
+        for name, value in (("rows", rows), ("seq_len", seq_len)):
+            if not isinstance(value, int) or value < 1:
+                raise self._violated(
+                    ContractError(f"run.batch: {name} is {value!r}, wanted a whole number of 1 or more")
+                )
+        record = self.record
+        if record.first_batch_at is None:
+            record.first_batch_at = _clock()
+        key = (record.tokens, rows, seq_len)
+        x, y = self._ahead[1] if self._ahead and self._ahead[0] == key else self._load(*key)
+        self._ahead = None
+        record.tokens += rows * seq_len
+        record.batch_shape = (rows, seq_len)
+        return x, y
+
+    def micro_batch(
+        self,
+        model: torch.nn.Module,
+        *,
+        total_tokens: int,
+        seq_len: int,
+        at_most: int | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> int:
+        """How many rows of seq_len tokens to run at once, so that total_tokens is a whole number of such batches.
+
+        On CUDA it predicts the largest that fits and tries a forward and a backward pass, halving when memory runs
+        out; what it finds is remembered in the cache folder. On a CPU it takes what stays in the caches. Random
+        numbers, gradients and buffers are afterwards as they were.
+
+        Args:
+            model: Its parameters get the trial gradients.
+            total_tokens: Tokens of one optimizer step.
+            seq_len: Tokens of one row.
+            at_most: An upper limit in rows; has to be a valid answer itself.
+            loss: What the training calls with a batch (x, y), compiled or not; default: cross-entropy of model(x).
+
+        Raises:
+            ContractError: No number of rows divides the total, or at_most is not one that does.
+        """
+        if self.record.first_batch_at is None:
+            self.record.first_batch_at = _clock()
+        try:
+            choices = micro_batch_choices(total_tokens, seq_len, at_most)
+        except ContractError as error:
+            raise self._violated(error) from None
+        if self.device.type != "cuda":
+            return max((rows for rows in choices if rows * seq_len <= CPU_MICRO_BATCH_TOKENS), default=1)
+        x, y = self._load(0, choices[-1], seq_len)
+        finder = MicroBatchFinder(model, loss, x, y, self._program_sha256, vocab_size=self.vocab_size)
+        self.record.micro_batch_finder = finder
+        return finder.find(choices)
+
+    def step(self, loss: torch.Tensor | float) -> None:
+        """Ends an optimizer step: waits for the device, reads the clock, notes the loss.
+
+        Raises:
+            TrainingFailure: The loss is not finite.
+            ContractError: There was no batch since the last step, or the budget was spent before.
+        """
+        record = self.record
+        if self.device.type == "cuda" and not self.done and record.batch_shape:
+            key = (record.tokens, *record.batch_shape)
+            self._ahead = (key, self._load(*key))  # while the device still works
+        value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if not record.steps:
+            # Python's collector stalls a step for up to half a second when a large program has just been compiled
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        now = _clock()
+        if self.done:
+            raise self._violated(
+                ContractError("run.step after run.done: the budget is spent; train while not run.done")
+            )
+        if record.tokens == record.tokens_at_steps:
+            raise self._violated(
+                ContractError("run.step without a run.batch since the last step; a step trains on data")
+            )
+        record.end_step(now)
+        if not math.isfinite(value):
+            raise self._violated(TrainingFailure(f"loss is not finite at step {record.steps}"))
+        if self.budget_s is not None:
+            # to the nearest whole step, so that long steps are neither favoured nor punished
+            self.progress = record.training_s / self.budget_s
+            self.done = record.training_s + record.step_s / 2 >= self.budget_s
+        else:
+            assert self.budget_tokens is not None
+            self.progress = record.tokens / self.budget_tokens
+            self.done = record.tokens >= self.budget_tokens
+        self.progress = 1.0 if self.done else min(self.progress, 1.0)
+        self._reporter.step(
+            step=record.steps,
+            tokens=record.tokens,
+            seconds=record.training_s,
+            loss=value,
+            progress=self.progress,
+            note=f"{record.tokens_per_s:,.0f} tokens/s | {record.training_s:.1f} s",
+        )
+
+    def _load(self, position: int, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (torch.from_numpy(a).view(rows, seq_len) for a in self._stream.pairs(position, rows * seq_len))
+        if self.device.type != "cuda":
+            return x, y
+        return (
+            x.pin_memory().to(self.device, non_blocking=True),
+            y.pin_memory().to(self.device, non_blocking=True),
+        )
+
+    def _violated(self, error: Exception) -> Exception:
+        self._violation = self._violation or error  # so that a candidate that catches it gains nothing
+        return error
+
+    def check(self) -> None:
+        """After training: raises what was broken.
+
+        Raises:
+            ContractError: No step, a heavier first step, or work after the budget's end.
+        """
+        record = self.record
+        if self._violation:
+            raise self._violation
+        if not record.steps:
+            raise ContractError("train(run) returned without one run.step(loss)")
+        later = (record.tokens_at_steps - record.first_step_tokens) / max(1, record.steps - 1)
+        if record.steps > 1 and record.first_step_tokens > FIRST_STEP_TOLERANCE * later:
+            raise ContractError(
+                f"the first step consumed {record.first_step_tokens} tokens, the later ones {later:.0f} on average; "
+                "the first is not timed, so it may not do more"
+            )
+        assert record.first_step_at is not None
+        spent_s = _clock() - record.first_step_at
+        if self.budget_s is not None and spent_s > self.budget_s * (1 + OVERTIME_SHARE) + OVERTIME_S:
+            raise ContractError(
+                f"train(run) took {spent_s:.1f} s after its first step, the budget is {self.budget_s:g} s"
+            )
+
+
+@dataclass
+class TrainingRecord:
+    """What the harness itself saw of the training; seconds by its own clock."""
+
+    tokens: int = 0
+    tokens_at_steps: int = 0
+    first_step_tokens: int = 0
+    steps: int = 0
+    first_batch_at: float | None = None
+    first_step_at: float | None = None
+    training_s: float = 0.0
+    batch_shape: tuple[int, int] | None = None
+    micro_batch_finder: "MicroBatchFinder | None" = None
+
+    def end_step(self, now: float) -> None:
+        """Counts a step that ended at that time."""
+        self.steps += 1
+        self.tokens_at_steps = self.tokens
+        if self.first_step_at is None:
+            self.first_step_at, self.first_step_tokens = now, self.tokens
+        self.training_s = now - self.first_step_at
+
+    @property
+    def step_s(self) -> float:
+        """Average length of the timed steps; 0 before there is one."""
+        return self.training_s / (self.steps - 1) if self.steps > 1 else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Throughput of the timed steps; 0 before there is one."""
+        return (self.tokens_at_steps - self.first_step_tokens) / self.training_s if self.training_s > 0 else 0.0
