@@ -25,7 +25,7 @@ from raysearch.folder import Folder
 from raysearch.journal import Journal
 from raysearch.objective import Objective
 from raysearch.patches import PatchError, unified_diff
-from raysearch.proposers import inbox
+from raysearch.proposers import Proposer, inbox
 from raysearch.ratchet import Ratchet
 from raysearch.study import Study
 
@@ -175,6 +175,8 @@ def _read(place: Folder) -> tuple[StudyConfig, Study, bool]:
 
 def search(options: Mapping[str, Any]) -> int:
     """Starts or continues a study; returns the exit code."""
+    from raysearch.proposers.tune import TuneProposer  # noqa: PLC0415 - numpy, for a search alone
+
     _check_limits(options)
     place = folder.named_folder(options["name"], options["studies"])
     config, is_new = folder.configure(place, _chosen(options))
@@ -182,13 +184,16 @@ def search(options: Mapping[str, Any]) -> int:
     task = config.to_objective()
     if task.has_presets and config.preset != "auto":
         objective.named_preset(objective.load_presets(), config.preset)
-    _check_searcher(config)
+    tuned = _tuned_file(task.editable)
+    proposer = TuneProposer(searcher=config.search.searcher, seed=config.search.seed, path=tuned)
     files = _base_program(options, config) if is_new else None
+    if files is not None:
+        proposer.check(files[tuned])
     if task.has_presets and options["address"] is None:
         config = _prepare_here(config, files)
     if files is not None:
         folder.make(place, config, files, at=time.time())
-    return _drive(place, config, options)
+    return _drive(place, config, options, proposer)
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,12 +230,6 @@ def _check_limits(options: Mapping[str, Any]) -> None:
         value = options[name]
         if value is not None and value <= 0:
             raise UserError(f"--{name} {value}: it must be more than 0; leave it out for no limit")
-
-
-def _check_searcher(config: StudyConfig) -> None:
-    from raysearch.proposers.tune import check_searcher  # noqa: PLC0415
-
-    check_searcher(config.search.searcher)
 
 
 def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, str]:
@@ -279,26 +278,32 @@ def _prepare_here(config: StudyConfig, files: Mapping[str, str] | None) -> Study
     return config.model_copy(update={"datasets": datasets})
 
 
-def _drive(place: Folder, config: StudyConfig, options: Mapping[str, Any]) -> int:
+def _drive(place: Folder, config: StudyConfig, options: Mapping[str, Any], proposer: Proposer) -> int:
     journal = Journal(place.journal, writer=True)
     try:
         study = folder.replay(config, journal, max_trials=options["trials"])
         repo = Ratchet.open(place.repo)
         folder.check_ratchets(study, repo, place)
-        return _coordinate(place, config, options, journal=journal, study=study, repo=repo)
+        return _coordinate(place, config, options, proposer, journal=journal, study=study, repo=repo)
     finally:
         journal.close()
 
 
 def _coordinate(
-    place: Folder, config: StudyConfig, options: Mapping[str, Any], *, journal: Journal, study: Study, repo: Ratchet
+    place: Folder,
+    config: StudyConfig,
+    options: Mapping[str, Any],
+    proposer: Proposer,
+    *,
+    journal: Journal,
+    study: Study,
+    repo: Ratchet,
 ) -> int:
     # Ray and what draws cost a second: after everything that can be wrong with the input
     from raysearch import report as reports  # noqa: PLC0415
     from raysearch.console import Console  # noqa: PLC0415
     from raysearch.coordinator import Coordinator, Session  # noqa: PLC0415
     from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
-    from raysearch.proposers.tune import TuneProposer  # noqa: PLC0415
 
     hours = options["hours"]
     session = Session(place.token.read_text(), uuid.uuid4().hex, time.time() + hours * 3600 if hours else None)
@@ -324,9 +329,7 @@ def _coordinate(
         journal=journal,
         repo=repo,
         executor=executor,
-        proposer=TuneProposer(
-            searcher=config.search.searcher, seed=config.search.seed, path=_tuned_file(task.editable)
-        ),
+        proposer=proposer,
         console=console,
         session=session,
     )

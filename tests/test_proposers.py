@@ -624,12 +624,27 @@ def test_when_the_searcher_has_no_more_the_neighbourhood_is_tried(monkeypatch: p
 
 def test_knobs_that_a_searcher_cannot_search_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(search.SEARCH_ALG_IMPORT, "dense", lambda: Picky)
-    with pytest.raises(UserError) as error:
-        Bench(TuneProposer(searcher="dense")).ask()
-    assert str(error.value) == (
-        "searcher 'dense' cannot search these knobs: BayesOpt does not support parameters of type `Categorical`; "
-        "take another with --searcher"
-    )
+    bench = Bench(TuneProposer(searcher="dense"))
+    for refused in (bench.ask, lambda: TuneProposer(searcher="dense").check(bench.champion)):
+        with pytest.raises(UserError) as error:
+            refused()
+        assert str(error.value) == (
+            "searcher 'dense' cannot search these knobs: BayesOpt does not support parameters of type `Categorical`; "
+            "take another with --searcher"
+        )
+
+
+class Unmakable(Dense):
+    """Cannot be made without an argument of its own, and says nothing of it."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise AssertionError
+
+
+def test_a_searcher_that_cannot_be_made_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(search.SEARCH_ALG_IMPORT, "dense", lambda: Unmakable)
+    with pytest.raises(UserError, match="searcher 'dense' cannot search these knobs: AssertionError; take another"):
+        TuneProposer(searcher="dense").check(Bench(TuneProposer()).champion)
 
 
 def test_an_unknown_searcher_is_refused_with_those_that_are_known():

@@ -127,6 +127,15 @@ class TuneProposer:
         self._random = random.Random(seed)
         self._spaces: dict[str, _Space] = {}
 
+    def check(self, source: str) -> None:
+        """Refuses a program that the searcher cannot search; Optuna's two can search any, and are not tried.
+
+        Raises:
+            UserError: The searcher does not know knobs of these kinds, or cannot be made here.
+        """
+        if self._searcher_name not in ("optuna", "random") and (knobs := read_knobs(source, path=self._path)):
+            self._make_searcher(knobs, {name: knob.value for name, knob in knobs.items()}, "min")
+
     def ask(self, request: Request) -> list[Idea]:
         """Up to `request.count` programs that are the champion with a few knobs moved.
 
@@ -246,13 +255,15 @@ class TuneProposer:
             space = OptunaSearch.convert_search_space(domains)
             return OptunaSearch(space=space, metric=METRIC, mode=mode, sampler=sampler)
         seeds = {"random_state_seed": seed, "random_state": seed, "seed": seed}  # each searcher has its own name for it
-        found: Any = search.create_searcher(
-            self._searcher_name, metric=METRIC, mode=mode, points_to_evaluate=[dict(anchor)], **seeds
-        )
+        start = [dict(anchor)]
         try:
+            own = _own_arguments(self._searcher_name)
+            found: Any = search.create_searcher(
+                self._searcher_name, metric=METRIC, mode=mode, points_to_evaluate=start, **seeds, **own
+            )
             found.set_search_properties(METRIC, mode, domains)
-        except ValueError as error:  # bayesopt knows no choices, for instance
-            reason = str(error).splitlines()[0]
+        except (ValueError, TypeError, AssertionError, ImportError) as error:  # bayesopt knows no choices, for instance
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"searcher {self._searcher_name!r} cannot search these knobs: {reason}; take another with --searcher"
             ) from None
@@ -265,6 +276,15 @@ class TuneProposer:
         if not isinstance(suggested, dict):  # None or FINISHED: it has nothing more
             return trial, None
         return trial, {name: _clean(suggested[name], knob) for name, knob in space.knobs.items()}
+
+
+def _own_arguments(searcher: str) -> dict[str, Any]:
+    """What a searcher of Ray's cannot be made without."""
+    if searcher == "nevergrad":
+        import nevergrad  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
+
+        return {"optimizer": nevergrad.optimizers.NGOpt, "optimizer_kwargs": {"budget": MODELLED_RUNS}}
+    return {"budget": MODELLED_RUNS} if searcher == "zoopt" else {}
 
 
 def _complete(space: _Space, trial: str, value: float | None) -> None:
