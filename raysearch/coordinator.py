@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raysearch import __version__, objective
+from raysearch import __version__, judge, objective
 from raysearch.asker import Asker
 from raysearch.config import StudyConfig, write_config
 from raysearch.console import Console
@@ -155,6 +155,8 @@ class Coordinator:
         self._recover()
         self._record(SessionStarted(platform.node(), os.getpid(), __version__))
         self._teach()
+        self._wait(0.0)  # the slots begin to be set up, and meanwhile the judge's library is loaded: half a second
+        judge.student_t()
         try:
             return self._end(self._loop())
         finally:

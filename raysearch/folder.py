@@ -14,7 +14,7 @@ from raysearch.config import StudyConfig, load_config, parse_config, write_confi
 from raysearch.errors import UserError
 from raysearch.journal import Journal
 from raysearch.ratchet import Ratchet
-from raysearch.study import Study
+from raysearch.study import InvalidTransition, Study
 
 LEAST_FREE_BYTES = 500 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -171,10 +171,17 @@ def make(folder: Folder, config: StudyConfig, files: Mapping[str, str], *, at: f
 
 
 def replay(config: StudyConfig, journal: Journal, *, max_trials: int | None = None) -> Study:
-    """The state of a study from its journal."""
+    """The state of a study from its journal.
+
+    Raises:
+        UserError: An event does not fit those before it: one is missing, or was changed.
+    """
     study = Study(config.settings(max_trials))
-    for record in journal.read():
-        study.apply(record)
+    try:
+        for record in journal.read():
+            study.apply(record)
+    except InvalidTransition as error:
+        raise UserError(f"{journal.path}: {error}; it must be a whole study journal: restore it from a copy") from None
     return study
 
 

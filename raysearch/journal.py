@@ -39,7 +39,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, writer: bool) -> None:
-        self._path = path
+        self.path = path
         self._lock: FileLock | None = None
         if writer:
             self._lock = self._take_lock()
@@ -70,13 +70,13 @@ class Journal:
         return False
 
     def _take_lock(self) -> FileLock:
-        lock = FileLock(self._path.with_suffix(".lock"), is_singleton=False)
+        lock = FileLock(self.path.with_suffix(".lock"), is_singleton=False)
         try:
             lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise UserError(
-                f"study {self._path.parent.name!r} is driven by another coordinator; one at a time: "
-                f"stop that one, watch it with `raysearch status {self._path.parent.name}`, or take another --study"
+                f"study {self.path.parent.name!r} is driven by another coordinator; one at a time: "
+                f"stop that one, watch it with `raysearch status {self.path.parent.name}`, or take another --study"
             ) from None
         return lock
 
@@ -85,7 +85,7 @@ class Journal:
             self._lock.release()
 
     def _open(self, writer: bool) -> sqlite3.Connection:
-        place = self._path if writer else f"file:{quote(str(self._path))}?mode=ro"
+        place = self.path if writer else f"file:{quote(str(self.path))}?mode=ro"
         db = sqlite3.connect(place, uri=not writer, isolation_level=None)
         try:
             self._check_format(db)
@@ -108,10 +108,10 @@ class Journal:
     def _check_format(self, db: sqlite3.Connection) -> None:
         found = db.execute("PRAGMA user_version").fetchone()[0]
         if found == 0 and not _is_new(db):
-            raise UserError(f"{self._path} is no study journal, but a database of something else; move it away")
+            raise UserError(f"{self.path} is no study journal, but a database of something else; move it away")
         if found not in (0, FORMAT):
             raise UserError(
-                f"{self._path} has journal format {found}; this version reads {FORMAT}: use the version that made it"
+                f"{self.path} has journal format {found}; this version reads {FORMAT}: use the version that made it"
             )
 
     def append(self, event: Event, *, seq: int, at: float) -> Record:
@@ -136,11 +136,11 @@ class Journal:
             self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (seq, at, kind, body))
         except sqlite3.IntegrityError:
             raise UserError(
-                f"{self._path}: event {seq} is there already; one coordinator at a time: start this one again"
+                f"{self.path}: event {seq} is there already; one coordinator at a time: start this one again"
             ) from None
         except sqlite3.DatabaseError as error:
             raise UserError(
-                f"{self._path}: {error}; every event must be on the disk: see that there is space, and that no other "
+                f"{self.path}: {error}; every event must be on the disk: see that there is space, and that no other "
                 "program writes to it, and start again"
             ) from None
         return record
@@ -158,13 +158,13 @@ class Journal:
             rows = self._db.execute("SELECT seq, at, kind, body FROM events WHERE seq > ? ORDER BY seq", (after,))
             for seq, at, kind, body in rows:
                 if seq != last + 1:
-                    raise UserError(f"{self._path}: event {last + 1} is missing; restore the journal from a copy")
+                    raise UserError(f"{self.path}: event {last + 1} is missing; restore the journal from a copy")
                 yield Record(seq, at, _ADAPTERS[kind].validate_python(json.loads(body)))
                 last = seq
         except (KeyError, ValueError, sqlite3.DatabaseError) as error:
             detail = str(error).splitlines()[0]
             raise UserError(
-                f"{self._path}: event {last + 1} cannot be read ({detail}); use the version that wrote it, or a copy"
+                f"{self.path}: event {last + 1} cannot be read ({detail}); use the version that wrote it, or a copy"
             ) from None
 
     def close(self) -> None:

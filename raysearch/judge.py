@@ -7,10 +7,12 @@ here is Student's t and not the normal distribution: with three baselines the di
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from raysearch.model import Direction, Verdict
 
@@ -75,9 +77,15 @@ def probability_better(delta: float, delta_se: float, dof: int, direction: Direc
     gain = -delta if direction is Direction.MINIMIZE else delta
     if delta_se == 0.0:
         return 0.5 if gain == 0.0 else float(gain > 0.0)
-    from scipy.special import stdtr  # noqa: PLC0415 - half a second, and `raysearch status` judges nothing
+    return float(student_t()(dof, gain / delta_se))
 
-    return float(stdtr(dof, gain / delta_se))
+
+@functools.cache
+def student_t() -> Callable[..., Any]:
+    """Student's t distribution, (degrees of freedom, t) -> P; loaded late, `raysearch status` judges nothing."""
+    from scipy.special import stdtr  # noqa: PLC0415 - half a second
+
+    return stdtr
 
 
 def screen(value: float, base_values: Sequence[float], noise: Noise, direction: Direction, rules: Rules) -> Judgement:

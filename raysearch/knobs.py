@@ -118,19 +118,24 @@ class Knob:
 
 
 def syntax_tree(source: str, *, path: str = "train.py") -> ast.Module:
-    """Parses a program.
+    """Parses a program; the tree is shared and not to be changed.
 
     Raises:
         UserError: A syntax error, with its line.
     """
     try:
-        return ast.parse(source)
+        return _parsed(source)
     except _UNREADABLE as error:
         line = getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else path
         nested = isinstance(error, RecursionError | MemoryError)
         message = "nested too deeply" if nested else getattr(error, "msg", None) or str(error)
         raise UserError(f"{place}: {message}; the program must be valid Python: mend that line") from None
+
+
+@lru_cache(maxsize=16)  # a merge and a check look at each of their texts several times
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def read_knobs(source: str, *, path: str = "train.py") -> dict[str, Knob]:

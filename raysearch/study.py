@@ -443,7 +443,8 @@ class Study:
 
         Returns:
             Commands in the order in which to perform them. Decisions on the state come first and alone, since each
-            of them changes what follows.
+            of them changes what follows. Carrying is one at a time, behind what can be started without it: it takes
+            a tenth of a second, and no slot should wait for the second change when the first is ready.
         """
         decisions = self._decisions()
         if decisions:
@@ -457,6 +458,9 @@ class Study:
         for trial, slot in schedule.assign((trial for trials in queued.values() for trial in trials), free):
             previous = self.trials.get(trial.id)
             commands.append(StartTrial(trial, previous.attempt + 1 if previous else 1, slot.id))
+        carry = self._carry()
+        if carry is not None:
+            return [*commands, carry]
         if accepting:
             commands += self._asks(slots, free, queued, asking)
         served = [self.lanes[slug] for slug in dict.fromkeys(slot.profile for slot in slots)]
@@ -474,13 +478,24 @@ class Study:
                 commands.append(MoveRatchet(lane.profile.slug, winner.candidate, lane.champion_commit))
                 continue
             for state in states:
-                if self._stale(lane, state) and (state.verdict is Verdict.KEEP or not self._begun(state)):
-                    commands.append(Carry(state.candidate, lane.champion_commit))
+                if self._outdated(lane, state):
                     continue
                 event = self._verdict(lane, state)
                 if event is not None:
                     commands.append(Conclude(event))
         return commands
+
+    def _carry(self) -> Carry | None:
+        """The oldest change that has to be put onto a newer champion before anything else is done with it."""
+        for lane in self.lanes.values():
+            for candidate_id in lane.open:
+                state = self.candidates[candidate_id]
+                if self._outdated(lane, state):
+                    return Carry(state.candidate, lane.champion_commit)
+        return None
+
+    def _outdated(self, lane: Lane, state: CandidateState) -> bool:
+        return self._stale(lane, state) and (state.verdict is Verdict.KEEP or not self._begun(state))
 
     def _stale(self, lane: Lane, state: CandidateState) -> bool:
         return state.candidate.proposal.base != lane.champion_commit
@@ -583,7 +598,7 @@ class Study:
         if lane.blocked:
             return
         wanted = [] if self._baseline_done(lane) else self._baseline(lane)
-        states = [self.candidates[candidate_id] for candidate_id in lane.open]
+        states = [state for name in lane.open if not self._outdated(lane, state := self.candidates[name])]
         for state in states:
             if state.verdict is Verdict.RETEST:
                 wanted += [trial for pair in self._pairs(state.candidate) for trial in pair]
@@ -610,15 +625,16 @@ class Study:
         queued: Mapping[str, Sequence[Trial]],
         asking: Mapping[str, int],
     ) -> list[Command]:
-        """Enough proposals for the free slots and one more, so that a slot that gets free finds its next trial."""
+        """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next."""
         commands: list[Command] = []
         for slug, lane in self.lanes.items():
-            if asking.get(slug) or not any(slot.profile == slug for slot in slots):
+            present = sum(slot.profile == slug for slot in slots)
+            if asking.get(slug) or not present:
                 continue
             if lane.blocked or lane.refusals >= MOST_REFUSALS:
                 continue
-            idle = sum(slot.profile == slug for slot in free) + 1
-            count = idle - len(queued[slug])
+            idle = sum(slot.profile == slug for slot in free)
+            count = idle + present - len(queued[slug])
             if self.settings.max_trials is not None:
                 count = min(count, self.settings.max_trials - lane.screens)
             if count > 0:

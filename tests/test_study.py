@@ -584,6 +584,22 @@ def test_a_candidate_that_was_not_started_is_carried_at_once():
     assert [trial.id for trial in told.study.queued()["cpu"]] == [f"{carried}-screen"]
 
 
+def test_the_first_change_that_is_carried_starts_before_the_second_is_carried():
+    told = ready(max_trials=9)
+    winner, one, other = (told.candidate() for _ in range(3))
+    told.confirm(winner)
+    told.move()
+    (command,) = told.commands()
+    assert isinstance(command, Carry)
+    assert command.candidate.id == one
+    carried = told.candidate(carries=one)
+    start, carry = told.commands()
+    assert isinstance(start, StartTrial)
+    assert start.trial.id == f"{carried}-screen"
+    assert isinstance(carry, Carry)
+    assert carry.candidate.id == other
+
+
 def test_a_candidate_whose_only_attempt_was_lost_stays_with_what_it_was_built_on():
     told = ready()
     one, other = told.candidate(), told.candidate()
@@ -662,17 +678,18 @@ def test_what_never_came_to_its_first_run_is_not_counted_as_a_trial(refused: boo
 # ---- asking ----
 
 
-def test_as_many_are_asked_for_as_slots_are_free_and_one_more():
+def test_as_many_are_asked_for_as_slots_are_free_and_one_in_line_for_every_slot():
     told = ready()
-    assert told.commands() == [Ask("cpu", 3)]
+    assert told.commands() == [Ask("cpu", 4)]
     told.candidate()
     commands = told.commands()
-    assert commands[-1] == Ask("cpu", 2)
+    assert commands[-1] == Ask("cpu", 3)
     told.start("c0001-screen")
-    assert told.commands() == [Ask("cpu", 2)]
+    assert told.commands() == [Ask("cpu", 3)]
     told.candidate()
     told.start("c0002-screen", slot="b")
-    assert told.commands() == [Ask("cpu", 1)]  # one in line for whichever slot is free first
+    assert told.commands() == [Ask("cpu", 2)]  # both may get free at once
+    told.candidate()
     told.candidate()
     assert told.commands() == []
 
@@ -684,7 +701,7 @@ def test_nobody_is_asked_again_while_an_answer_is_due():
     told.asking = {"cpu": 1}  # even when fewer were asked for than are wanted now
     assert told.commands() == []
     told.asking = {"cpu": 0, GPU.slug: 5}
-    assert told.commands() == [Ask("cpu", 3)]
+    assert told.commands() == [Ask("cpu", 4)]
 
 
 def test_a_profile_without_slots_is_not_asked_for():
@@ -692,7 +709,7 @@ def test_a_profile_without_slots_is_not_asked_for():
     told.begin(CPU, GPU)
     told.baselines("cpu")
     told.baselines(GPU.slug)
-    assert told.commands() == [Ask("cpu", 3)]
+    assert told.commands() == [Ask("cpu", 4)]
 
 
 def test_the_limit_of_trials_is_one_of_each_profile_and_refusals_do_not_count():
@@ -724,13 +741,13 @@ def test_after_ten_refusals_in_a_row_nobody_is_asked_until_something_new_is_know
     assert told.commands() == []  # a run is in flight: it may teach the proposer
     told.end(f"{waiting}-screen", 2.0)
     told.conclude()
-    assert told.commands() == [Ask("cpu", 3)]
+    assert told.commands() == [Ask("cpu", 4)]
     for _ in range(MOST_REFUSALS):
         told.add(Refused(told.propose(), "the patch is empty"))
     (command,) = told.commands()
     assert command == Finish("the last 10 proposals for cpu were all refused; the last one: the patch is empty")
     told.add(SessionStarted("host", 2, "0"))
-    assert told.commands() == [Ask("cpu", 3)]
+    assert told.commands() == [Ask("cpu", 4)]
 
 
 # ---- the end ----
@@ -854,7 +871,7 @@ class World:
         assert not {command.profile for command in asks} & set(self.asking)
         assert len({command.profile for command in asks}) == len(asks)
         for command in asks:
-            assert 0 < command.count <= sum(slot.profile == command.profile for slot in self.there) + 1
+            assert 0 < command.count <= 2 * sum(slot.profile == command.profile for slot in self.there)
         for lane in study.lanes.values():
             assert self.settings.max_trials is not None
             assert 0 <= lane.screens <= self.settings.max_trials
