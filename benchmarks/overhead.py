@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysearch.journal import Journal
-from raysearch.model import Measurement, Outcome, Record, SessionStarted, TrialFinished, TrialStarted
+from raysearch.model import Measurement, Outcome, RatchetMoved, Record, SessionStarted, TrialFinished, TrialStarted
+from raysearch.wording import plural
 
 OBJECTIVE = """
 [objective]
@@ -81,7 +82,8 @@ def show(study: Path) -> None:
     finally:
         journal.close()
     attempts = measured(records, study)
-    print(f"{study.name}: {len(attempts)} measured trials on {len({attempt.slot for attempt in attempts})} slots\n")
+    slots = plural(len({attempt.slot for attempt in attempts}), "slot")
+    print(f"{study.name}: {plural(len(attempts), 'measured trial')} on {slots}\n")
     between(attempts, records)
     inside(attempts)
 
@@ -122,8 +124,11 @@ def between(attempts: Sequence[Attempt], records: Sequence[Record]) -> None:
         "the whole gap between two processes": [two.spawned_at - one.ended_at for one, two in pairs],
     }
     table("between two trials on a slot, ms", {name: [1000 * gap for gap in gaps] for name, gaps in rows.items()}, 1)
-    longer = sum(two.started_at - one.finished_at > 0.1 for one, two in pairs)
-    print(f"the coordinator's part is longer than 100 ms (nothing was in line yet): {longer} of {len(pairs)}\n")
+    longer = [(one, two) for one, two in pairs if two.started_at - one.finished_at > 0.1]
+    moves = [record.at for record in records if isinstance(record.event, RatchetMoved)]
+    moved = sum(any(one.finished_at <= at <= two.started_at for at in moves) for one, two in longer)
+    print(f"the coordinator's part is longer than 100 ms in {len(longer)} of {len(pairs)} gaps;")
+    print(f"in {moved} of them the ratchet moved, and what was in line had to be merged onto it or proposed anew\n")
 
 
 def inside(attempts: Sequence[Attempt]) -> None:
