@@ -20,7 +20,7 @@ import re
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -35,6 +35,13 @@ _RANGE = re.compile(
 )
 _RULE = re.compile(r"#\s*rule:\s*(?P<rule>.+?)\s*$")
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # as Python counts lines: str.splitlines knows more line ends
+# A knob that is written as most are. Programs that differ in such values alone are parsed once.
+_PLAIN_KNOB = re.compile(
+    r"^(?P<head>(?P<name>[A-Z][A-Z0-9_]*)(?:[ \t]*:[ \t]*\w+)?[ \t]*=[ \t]*)"
+    r"(?P<text>-?\d[\d_]*\.?\d*(?:[eE][+-]?\d+)?(?:\*\*\d+)?|True|False|\"[^\"\\\r\n]*\"|'[^'\\\r\n]*')"
+    r"(?=[ \t]*#[ \t]*in\b)",
+    re.MULTILINE | re.ASCII,
+)
 _UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse makes of a hostile program
 _MAX_BITS = 4096  # of a number: a program must not keep its reader busy with 9**9**9**9
 _LOGIC = (
@@ -116,6 +123,56 @@ class Knob:
             return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
+    def at(self, unit: float) -> float:
+        """Inverse of `unit` for a range."""
+        assert self.low is not None
+        assert self.high is not None
+        if self.log:
+            return self.low * math.exp(unit * math.log(self.high / self.low))
+        return self.low + unit * (self.high - self.low)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether all of its values are numbers; True and False are none."""
+        return not self.choices or all(
+            isinstance(choice, int | float) and not isinstance(choice, bool) for choice in self.choices
+        )
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether neighbours are alike: a range, or choices that are numbers in order."""
+        if not self.is_number:
+            return False
+        steps = [float(later) > float(earlier) for earlier, later in pairwise(self.choices)]
+        return all(steps) or not any(steps)
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether a change of it means a ratio: all of its values are positive numbers."""
+        if not self.choices:
+            return self.low is not None and self.low > 0
+        return self.is_number and all(float(choice) > 0 for choice in self.choices)
+
+    def nearest(self, number: float) -> Value:
+        """The allowed value that lies nearest to a number: a choice, a whole number, or 4 digits inside the range."""
+        if self.choices:
+            assert self.is_number
+            return min(self.choices, key=lambda choice: self._distance(float(choice), number))
+        assert self.low is not None
+        assert self.high is not None
+        inside = min(max(float(number), self.low), self.high)
+        if self.is_int:
+            # a range may end between whole numbers
+            return min(max(round(inside), math.ceil(self.low)), math.floor(self.high))
+        short = float(format_value(inside))
+        if not self.low <= short <= self.high:  # rounded over an end with more digits than are written
+            unit = 10.0 ** (math.floor(math.log10(abs(inside))) - 3)
+            short = float(format_value(inside - unit if short > inside else inside + unit))
+        return short if self.low <= short <= self.high else self.value
+
+    def _distance(self, one: float, other: float) -> float:
+        return abs(math.log(one / other)) if self.is_ratio and other > 0 else abs(one - other)
+
 
 def syntax_tree(source: str, *, path: str = "train.py") -> ast.Module:
     """Parses a program; the tree is shared and not to be changed.
@@ -148,6 +205,19 @@ def read_knobs(source: str, *, path: str = "train.py") -> dict[str, Knob]:
     Raises:
         UserError: The program does not parse, or a range is malformed or does not hold the constant's value.
     """
+    quick = _quick(source)
+    if quick is not None:
+        outline, values = quick
+        knobs = {
+            name: replace(knob, value=values[name]) if name in values else knob for name, knob in outline.knobs.items()
+        }
+        if all(knob.allows(knob.value) for knob in knobs.values()):
+            return knobs
+    return _read(source, path=path, check=True)
+
+
+def _read(source: str, *, path: str, check: bool) -> dict[str, Knob]:
+    """The knobs, seen to be in their ranges if `check`."""
     comments = _comments(source)
     knobs: dict[str, Knob] = {}
     for node in syntax_tree(source, path=path).body:
@@ -159,12 +229,17 @@ def read_knobs(source: str, *, path: str = "train.py") -> dict[str, Knob]:
         match = _RANGE.search(comments.get(value_node.end_lineno or value_node.lineno, ""))
         if match is None:
             continue
-        knobs[name] = _knob(name, value_node, match, where=f"{path}:{node.lineno}")
+        knobs[name] = _knob(name, value_node, match, where=f"{path}:{node.lineno}", check=check)
     return knobs
 
 
 def read_rules(source: str) -> tuple[str, ...]:
     """The constraints between knobs that the program states, as expressions."""
+    quick = _quick(source)
+    return _rules(source) if quick is None else quick[0].rules
+
+
+def _rules(source: str) -> tuple[str, ...]:
     lines = source_lines(source)
     alone = (text for line, text in _comments(source).items() if lines[line - 1].lstrip().startswith("#"))
     return tuple(match["rule"] for text in alone if (match := _RULE.match(text)) is not None)
@@ -179,17 +254,11 @@ def broken_rule(rules: Iterable[str], values: Mapping[str, Value]) -> str | None
         UserError: A rule is not an expression of arithmetic, comparisons and logic, or mixes text and numbers.
     """
     for rule in rules:
-        try:
-            tree = ast.parse(rule, mode="eval")
-        except _UNREADABLE:
-            tree = None
-        if tree is None or not all(isinstance(node, _LOGIC) for node in ast.walk(tree)):
-            raise UserError(f"rule {rule!r}: only arithmetic, comparisons, and/or/not on knobs are allowed; rewrite it")
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        if not names <= set(values):
+        expression, names = _rule(rule)
+        if not names <= values.keys():
             continue
         try:
-            holds = bool(_evaluate(tree.body, values))
+            holds = bool(_evaluate(expression, values))
         except ArithmeticError:  # nothing divides by zero in a valid program
             holds = False
         except (TypeError, ValueError, RecursionError) as error:
@@ -197,6 +266,18 @@ def broken_rule(rules: Iterable[str], values: Mapping[str, Value]) -> str | None
         if not holds:
             return rule
     return None
+
+
+@lru_cache(maxsize=256)  # the same few rules are asked about every proposal
+def _rule(rule: str) -> tuple[ast.expr, frozenset[str]]:
+    """A rule's expression, and the names in it."""
+    try:
+        tree = ast.parse(rule, mode="eval")
+    except _UNREADABLE:
+        tree = None
+    if tree is None or not all(isinstance(node, _LOGIC) for node in ast.walk(tree)):
+        raise UserError(f"rule {rule!r}: only arithmetic, comparisons, and/or/not on knobs are allowed; rewrite it")
+    return tree.body, frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
 
 def rewrite(source: str, values: Mapping[str, Value]) -> str:
@@ -321,18 +402,140 @@ def fingerprint(sources: Mapping[str, str]) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    return _digest((path, _text(path, source)) for path, source in sources.items())
+
+
+def size(sources: Mapping[str, str]) -> int:
+    """How large programs are: characters of what `fingerprint` sees of them.
+
+    A digit or a statement less is smaller; a comment, a docstring or a blank line less is not. The numbers compare
+    programs under one version of Python and mean nothing else.
+    """
+    return sum(len(_text(path, source)) for path, source in sources.items())
+
+
+def skeleton(sources: Mapping[str, str], path: str) -> tuple[str, dict[str, Knob]]:
+    """Fingerprint of programs with the values of one file's knobs left out, and these knobs.
+
+    Programs of one skeleton differ in the values of their knobs alone, and have the same knobs with the same ranges.
+    Where the knobs of the file cannot be told from the rest (they are laid out oddly), all of it is the skeleton.
+    """
+    texts = {name: _text(name, source) for name, source in sources.items() if name != path}
+    quick = _quick(sources[path]) if path.endswith(".py") else None
+    if quick is None:
+        return fingerprint(sources), {}
+    outline, values = quick
+    knobs = {name: replace(outline.knobs[name], value=value) for name, value in values.items()}
+    ranges = [(knob.name, knob.low, knob.high, knob.log, knob.choices, knob.is_int) for knob in knobs.values()]
+    return _digest([*texts.items(), (path, "\0".join(outline.parts)), ("", repr(ranges))]), knobs
+
+
+def _digest(texts: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
-    for path, source in sorted(sources.items()):
-        try:
-            tree = ast.parse(source) if path.endswith(".py") else None
-            text = source if tree is None else _normalised(tree)
-        except _UNREADABLE:
-            text = source
+    for path, text in sorted(texts):
         digest.update(f"{path}\0{text}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
 
 
-def _normalised(tree: ast.Module) -> str:
+def _text(path: str, source: str) -> str:
+    """A program without comments, layout and docstrings; what is no Python as it is."""
+    quick = _quick(source) if path.endswith(".py") else None
+    if quick is not None:
+        return quick[0].with_values(quick[1])
+    try:
+        tree = ast.parse(source) if path.endswith(".py") else None
+        return source if tree is None else _normalised(tree)
+    except _UNREADABLE:
+        return source
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What programs have in common that differ in the plainly written values of their knobs alone.
+
+    Attributes:
+        knobs: All of them, in order; the values of those in `names` mean nothing.
+        names: The knobs whose values are left out, in order.
+        parts: The normalised text around those values.
+        rules: As `read_rules` gives them.
+    """
+
+    knobs: Mapping[str, Knob]
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+    rules: tuple[str, ...]
+
+    def with_values(self, values: Mapping[str, Value]) -> str:
+        """The normalised text of the program that has these values."""
+        written = [
+            ast.dump(ast.Constant(values[name])) + part for name, part in zip(self.names, self.parts[1:], strict=True)
+        ]
+        return self.parts[0] + "".join(written)
+
+
+def _quick(source: str) -> tuple[_Outline, Values] | None:
+    """The outline and the values that fill it, or None for a program that has to be read the long way.
+
+    A value is a literal of one token (or a power of two), before and after: putting a 0 in its place leaves the rest
+    of the program as it was, so that the zeroed text stands for all programs that differ in values.
+    """
+    texts: list[str] = []
+
+    def zeroed(match: re.Match[str]) -> str:
+        texts.append(match["text"])
+        return f"{match['head']}0"
+
+    outline = _outline(_PLAIN_KNOB.sub(zeroed, source))
+    if outline is None:
+        return None
+    values: Values = {}
+    for name, text in zip(outline.names, texts, strict=True):
+        value = _written(text)
+        if value is None:
+            return None
+        values[name] = value
+    return outline, values
+
+
+@lru_cache(maxsize=4096)
+def _written(text: str) -> Value | None:
+    try:
+        return _literal(ast.parse(text, mode="eval").body)
+    except _UNREADABLE:
+        return None
+
+
+@lru_cache(maxsize=32)
+def _outline(zeroed: str) -> _Outline | None:
+    """The outline of a program whose plain knobs are all 0; None when one is no knob or the program is invalid."""
+    try:
+        tree = ast.parse(zeroed)
+        knobs = _read(zeroed, path="", check=False)
+    except (*_UNREADABLE, UserError):
+        return None
+    lines = [(match["name"], len(source_lines(zeroed[: match.start()])) + 1) for match in _PLAIN_KNOB.finditer(zeroed)]
+    names = [found[0] for node in tree.body if (found := _constant(node)) is not None]
+    # A line that looks like a knob may stand in a docstring, or be one of two for that name.
+    if any(names.count(name) != 1 or name not in knobs or knobs[name].line != line for name, line in lines):
+        return None
+    places = dict(lines)
+    if any(name not in places and not knob.allows(knob.value) for name, knob in knobs.items()):
+        return None
+    marks = {name: f"\0{number}\0" for number, name in enumerate(places)}
+    text = _normalised(tree, marks=marks)
+    parts: list[str] = []
+    for mark in marks.values():
+        part, found, text = text.partition(ast.dump(ast.Constant(mark)))
+        if not found:
+            return None
+        parts.append(part)
+    return _Outline(knobs, tuple(places), (*parts, text), _rules(zeroed))
+
+
+def _normalised(tree: ast.Module, *, marks: Mapping[str, str] | None = None) -> str:
+    """The text of a tree, which this changes; `marks` stand in for the values of these knobs."""
+    named = [found for node in tree.body if (found := _constant(node)) is not None] if marks else []
+    marked = {id(value): marks[name] for name, value in named if marks and name in marks}
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node, clean=False
@@ -341,7 +544,7 @@ def _normalised(tree: ast.Module) -> str:
         elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             value = _literal(node.value)
             if value is not None:  # 2**16 and 65536 are one program
-                node.value = ast.Constant(value)
+                node.value = ast.Constant(marked.get(id(node.value), value))
     return ast.dump(tree)
 
 
@@ -441,7 +644,7 @@ def _number(value: object) -> int | float:
     return value
 
 
-def _knob(name: str, node: ast.expr, match: re.Match[str], *, where: str) -> Knob:
+def _knob(name: str, node: ast.expr, match: re.Match[str], *, where: str, check: bool) -> Knob:
     value = _literal(node)
     assert value is not None
     try:
@@ -454,7 +657,7 @@ def _knob(name: str, node: ast.expr, match: re.Match[str], *, where: str) -> Kno
     knob = Knob(name, value, low, high, bool(match["log"]), choices, (match["help"] or "").strip(), node.lineno)
     if low is not None and high is not None and (low > high or (knob.log and low <= 0)):
         raise UserError(f"{where}: {name} has the range [{low}, {high}]; low must not exceed high, and be > 0 for log")
-    if not knob.allows(value):
+    if check and not knob.allows(value):
         raise UserError(f"{where}: {name} = {value!r} is not in its own range {match[0]!r}; widen the range")
     return knob
 

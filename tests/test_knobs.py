@@ -23,6 +23,8 @@ from raysearch.knobs import (
     read_rules,
     rewrite,
     same_value,
+    size,
+    skeleton,
     source_lines,
 )
 
@@ -374,3 +376,110 @@ def test_what_is_no_python_counts_as_it_is():
     assert fingerprint({"t.py": "a = ("}) != fingerprint({"t.py": "a = [ "})
     for hostile in ("-" * 5000 + "1", "X = " + "1+" * 3000 + "1", "'" + "\ud800" + "'", "# \ud800"):
         assert fingerprint({"t.py": hostile}) == fingerprint({"t.py": hostile})
+
+
+def test_the_short_way_to_a_fingerprint_agrees_with_the_long_one():
+    """Programs that differ in knobs alone are parsed once; without its range in the comment a constant is no knob."""
+    for values in ({}, {"DEPTH": 3, "MATRIX_LR": 1e-3, "FLAG": False}, {"SEQ_LEN": 64, "PATTERN": "SL", "BATCH": 8}):
+        program = rewrite(PROGRAM, values)
+        assert fingerprint({"t.py": program}) == fingerprint({"t.py": program.replace("# in", "# of")})
+
+
+@settings(deadline=None)
+@given(lines=programs(), end=st.sampled_from(["\n", "\r\n", "\r"]))
+def test_any_layout_has_the_same_fingerprint_the_short_way(lines: list[Line], end: str):
+    source = "".join(line.text.replace("\n", end) + end for line in lines)
+    assert fingerprint({"t.py": source}) == fingerprint({"t.py": re.sub(r"(KNOB_\d = .*?)# in", r"\1# of", source)})
+
+
+TWO_ASSIGNMENTS = "A = (1)\nA = 2  # in [0, 9]\nB = 3  # in [0, 9]\n"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'x = """\nA = 1  # in [0, 9]\n"""\nB = 2  # in [0, 9]\n',
+        "A = 1  # in [0, 9]\nA = 2  # in [0, 9]\n",
+        TWO_ASSIGNMENTS,
+        "f(\nA = 1  # in [0, 9]\n)\n",
+        "x = \\\nA = 1  # in [0, 9]\n",
+        "A = 1__0  # in [0, 9]\n",
+        "A = '\0'  # in [0, 9]\n",
+    ],
+)
+def test_a_line_that_only_looks_like_a_knob_is_none(source: str):
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        with pytest.raises(UserError):
+            read_knobs(source)
+    else:
+        assert read_knobs(source).keys() <= {"A", "B"}
+        assert read_knobs(source).get("A", None) is None or read_knobs(source)["A"].value == 2
+    changed = source.replace("1", "7")
+    assert (fingerprint({"t.py": source}) == fingerprint({"t.py": changed})) == (source == changed)
+
+
+# ---- sizes and skeletons ----
+
+
+def test_fewer_digits_and_fewer_statements_are_smaller_and_comments_do_not_count():
+    assert size({"t.py": rewrite(PROGRAM, {"MATRIX_LR": 0.0212})}) > size({"t.py": PROGRAM})
+    assert size({"t.py": PROGRAM.replace("    INNER = 1  # in [1, 2]: not at module level\n", "")}) < size(
+        {"t.py": PROGRAM}
+    )
+    assert size({"t.py": PROGRAM.replace(": not at module level", "")}) == size({"t.py": PROGRAM})
+    assert size({"t.py": PROGRAM, "b.txt": "four"}) == size({"t.py": PROGRAM}) + 4
+    assert size({"t.py": "a = ("}) == 5
+
+
+def test_programs_that_differ_in_values_alone_have_one_skeleton():
+    outline, knobs = skeleton({"t.py": PROGRAM}, "t.py")
+    values: dict[str, Value] = {"DEPTH": 3, "MATRIX_LR": 0.1, "PATTERN": "SL", "FLAG": False}
+    other, moved = skeleton({"t.py": rewrite(PROGRAM, values)}, "t.py")
+    assert other == outline
+    assert list(knobs) == list(moved) == list(read_knobs(PROGRAM))
+    assert {name: knob.value for name, knob in moved.items() if knob.value != knobs[name].value} == values
+    for old, new in (("PLAIN = 3", "PLAIN = 4"), ("[1, 24]", "[1, 25]"), ("return INNER", "return 2"), ("8 ", "8.0 ")):
+        assert old in PROGRAM
+        assert skeleton({"t.py": PROGRAM.replace(old, new)}, "t.py")[0] != outline
+
+
+# ---- moving along a range ----
+
+
+def test_a_place_in_a_range_and_the_way_back():
+    knobs = read_knobs(PROGRAM)
+    for name in ("DEPTH", "MATRIX_LR", "BATCH"):
+        for unit in (0.0, 0.3, 1.0):
+            place = knobs[name].at(unit)
+            assert knobs[name].unit(place) == pytest.approx(unit)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "nearest"),
+    [
+        ("DEPTH", 7.6, 8),
+        ("DEPTH", 99.0, 24),
+        ("DEPTH", -1.0, 1),
+        ("MATRIX_LR", 0.123456, 0.1235),
+        ("MATRIX_LR", 7.0, 0.3),
+        ("SEQ_LEN", 500.0, 128),
+        ("SEQ_LEN", 600.0, 2048),
+        ("SEQ_LEN", 0.0, 64),
+    ],
+)
+def test_the_nearest_allowed_value(name: str, number: float, nearest: Value):
+    found = read_knobs(PROGRAM)[name].nearest(number)
+    assert same_value(found, nearest)
+
+
+def test_what_a_change_of_a_knob_means_depends_on_its_values():
+    source = (
+        "A = 1  # in [0, 9]\nB = 2.0  # in [1, 9]\nC = 4  # in {8, 4, 2}\nD = 4  # in {4, 8, 0}\n"
+        'E = "a"  # in {"a", 1}\nF = True  # in {True, False}\n'
+    )
+    knobs = read_knobs(source)
+    assert [name for name, knob in knobs.items() if knob.is_ratio] == ["B", "C"]
+    assert [name for name, knob in knobs.items() if knob.is_ordered] == ["A", "B", "C"]
+    assert [name for name, knob in knobs.items() if knob.is_number] == ["A", "B", "C", "D"]
