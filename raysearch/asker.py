@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 from raysearch.proposers import Idea, Proposer, Request, Told
 
@@ -35,10 +36,53 @@ class Answer:
     failure: str = ""
 
 
+class Asking(Protocol):
+    """How the coordinator asks and tells one proposer without waiting for it; see `Asker`."""
+
+    name: str
+
+    def outstanding(self) -> dict[str, int]:
+        """Proposals on their way, by profile; a profile in a pause counts as asked."""
+        ...
+
+    def in_flight(self) -> bool:
+        """Whether an answer may come at any moment."""
+        ...
+
+    def fruitless(self, profile: str) -> int:
+        """How many asks in a row have given nothing."""
+        ...
+
+    def ask(self, request: Request) -> None:
+        """Asks; the answer comes by `answers`."""
+        ...
+
+    def tell(self, told: Callable[[], Told]) -> None:
+        """Tells how a program did."""
+        ...
+
+    def answers(self) -> list[Answer]:
+        """What has come since the last call."""
+        ...
+
+    def broken_tells(self) -> list[str]:
+        """What went wrong in telling since the last call, a line each."""
+        ...
+
+    def retry(self, profile: str) -> None:
+        """Ends a pause: something new is known."""
+        ...
+
+    def close(self) -> None:
+        """Waits for nothing."""
+        ...
+
+
 class Asker:
     """The thread of one proposer."""
 
     def __init__(self, proposer: Proposer, clock: Callable[[], float]) -> None:
+        self.name = proposer.name
         self._proposer = proposer
         self._clock = clock
         self._asks: dict[str, _Ask] = {}

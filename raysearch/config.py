@@ -13,7 +13,7 @@ from raysearch import judge
 from raysearch.errors import UserError
 from raysearch.model import Direction
 from raysearch.objective import TRAINER, Objective
-from raysearch.study import SEEDS_A_CANDIDATE, Settings
+from raysearch.study import Settings
 
 
 class _Section(BaseModel):
@@ -67,21 +67,34 @@ class BudgetSection(_Section):
         return self
 
 
+PROPOSERS = ("tune", "ablate", "simplify", "transfer", "combine")
+MOST_RUNS = 100  # of one program that a study may ask for
+
+
 class SearchSection(_Section):
-    """Who proposes."""
+    """Who proposes, and how far ahead of what is confirmed."""
 
     searcher: str = "optuna"
     seed: int = 0
+    proposers: list[Literal["tune", "ablate", "simplify", "transfer", "combine"]] = Field(
+        default=list(PROPOSERS), min_length=1
+    )
+    frontier: bool = True  # build on candidates that are still raced
+    futility: bool = True  # stop runs that are far behind at half of their budget
 
 
 class JudgeSection(_Section):
-    """When a difference is believed; see `judge.Rules`."""
+    """When a difference is believed; see `judge.Rules`. `greedy` keeps whatever looks better once, for comparison."""
 
-    baseline_runs: int = Field(default=3, ge=2, lt=SEEDS_A_CANDIDATE)
-    screen_probability: float = Field(default=0.9, ge=0.5, lt=1)
-    keep_probability: float = Field(default=0.95, ge=0.5, lt=1)
-    drop_probability: float = Field(default=0.25, ge=0, le=0.5)
-    max_pairs: int = Field(default=1, ge=1, lt=SEEDS_A_CANDIDATE)
+    rule: Literal["race", "greedy"] = "race"
+    baseline_runs: int = Field(default=3, ge=2, lt=MOST_RUNS)
+    noise_share: float = Field(default=0.05, ge=0, lt=0.5)
+    screen_probability: float = Field(default=judge.Rules.screen_probability, ge=0, lt=1)
+    frontier_probability: float = Field(default=judge.Rules.frontier_probability, ge=0, le=1)
+    keep_probability: float = Field(default=judge.Rules.keep_probability, ge=0.5, lt=1)
+    drop_probability: float = Field(default=judge.Rules.drop_probability, ge=0, le=0.5)
+    max_pairs: int = Field(default=judge.Rules.max_pairs, ge=1, lt=MOST_RUNS)
+    simplify_margin: float = Field(default=judge.Rules.simplify_margin, ge=0)
 
 
 class SlotsSection(_Section):
@@ -118,12 +131,20 @@ class StudyConfig(_Section):
             direction=self.objective.direction,
             baseline_runs=self.judge.baseline_runs,
             rules=judge.Rules(
+                greedy=self.judge.rule == "greedy",
                 screen_probability=self.judge.screen_probability,
+                frontier_probability=self.judge.frontier_probability,
                 keep_probability=self.judge.keep_probability,
                 drop_probability=self.judge.drop_probability,
                 max_pairs=self.judge.max_pairs,
+                simplify_margin=self.judge.simplify_margin,
             ),
             max_trials=max_trials,
+            proposers=tuple(self.search.proposers),
+            frontier=self.search.frontier,
+            futility=self.search.futility,
+            noise_share=self.judge.noise_share,
+            seed=self.search.seed,
         )
 
     def to_objective(self) -> Objective:

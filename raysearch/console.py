@@ -20,7 +20,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from raysearch import tally
+from raysearch import schedule, tally
 from raysearch.model import (
     Judged,
     Measurement,
@@ -32,6 +32,8 @@ from raysearch.model import (
     Refused,
     SessionEnded,
     SessionStarted,
+    SlotRestored,
+    SlotSetAside,
     Trial,
     TrialFinished,
     TrialStarted,
@@ -228,13 +230,18 @@ def told(study: Study, record: Record, metric: str) -> str:
             line = f"verdict {event.candidate} {event.verdict.value}: {event.reason}"
         case RatchetMoved() as event:
             line = _told_move(study, event, metric)
+        case SlotSetAside() as event:
+            again = f"; {plural(len(event.repeat), 'trial')} run again elsewhere" if event.repeat else ""
+            line = f"slot {event.slot} set aside: {event.reason}{again}"
+        case SlotRestored() as event:
+            line = f"slot {event.slot} gets trials again"
         case _:
             pass
     return line
 
 
 def _about(study: Study, trial: Trial) -> str:
-    return study.candidate(trial.rival or trial.candidate).candidate.proposal.hypothesis
+    return study.candidate(trial.candidate).candidate.proposal.hypothesis
 
 
 def _told_end(event: TrialFinished, metric: str) -> str:
@@ -315,7 +322,7 @@ def snapshot(study: Study, *, name: str, metric: str) -> Snapshot:
     spans = tally.sessions(study)
     limit = f" of {study.settings.max_trials}" if study.settings.max_trials is not None else ""
     finished = sum(run.outcome is not None for run in study.trials.values())
-    queued, refused = sum(len(trials) for trials in study.queued().values()), len(study.refused)
+    queued, refused = sum(schedule.queue_length(study, lane) for lane in study.lanes.values()), len(study.refused)
     return Snapshot(
         seq=study.seq,
         title=name,
@@ -450,9 +457,7 @@ def _slot_cells(found: Snapshot, frame: Frame, slot: Slot) -> list[RenderableTyp
         return [name, Text("idle", style="dim")]
     run, about = found.running[slot.id]
     trial = run.trial
-    what = (
-        "baseline" if trial.purpose is Purpose.BASELINE else f"{trial.rival or trial.candidate} {trial.purpose.value}"
-    )
+    what = "baseline" if trial.purpose is Purpose.BASELINE else f"{trial.candidate} {trial.purpose.value}"
     at = frame.progress.get(slot.id)
     done = min(1.0, max(0.0, at.progress)) if at is not None else 0.0
     left = at.seconds_left if at is not None else None

@@ -10,18 +10,19 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raysearch import __version__, judge, objective
-from raysearch.asker import Asker
+from raysearch import __version__, duplicates, objective
+from raysearch.asker import Asking
 from raysearch.config import StudyConfig, write_config
 from raysearch.console import Console
 from raysearch.errors import UserError
 from raysearch.executors import Executor, Report, RunEnded, SlotFailed, SlotInfo, SlotJoined, SlotLeft, SlotProgress
 from raysearch.folder import Folder
 from raysearch.journal import Journal
-from raysearch.knobs import fingerprint
+from raysearch.knobs import fingerprint, size
 from raysearch.model import (
     Event,
     Judged,
@@ -46,28 +47,22 @@ from raysearch.model import (
 from raysearch.objective import Budget
 from raysearch.patches import Conflict, Empty, PatchError
 from raysearch.profile import base_slug, same_profile, with_slug
-from raysearch.proposers import Idea, Proposer, Request, Told, inbox
+from raysearch.proposers import Idea, Request, Step, Told, inbox
+from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
-from raysearch.study import (
-    Ask,
-    Carry,
-    Command,
-    Conclude,
-    Finish,
-    Materialise,
-    MoveRatchet,
-    StartTrial,
-    Study,
-    candidate_id,
-)
+from raysearch.study import CandidateState, Lane, Study, candidate_id
 
 POLL_S = 0.25
 POLL_WHILE_ASKING_S = 0.02
 INBOX_EVERY_S = 1.0
 NO_IDEAS_AFTER = 4  # fruitless asks in a row, with nothing in flight, after which the search is over
 SUBJECT_LENGTH = 72
+STEPS = 30  # of other ratchets, the latest ones, that a proposer is shown
+PROGRAMS = 500  # whose texts are kept at hand
+REMEMBERED = 2000  # candidates of an earlier session among which near duplicates are looked for
+NEAR = (Operator.TUNE, Operator.COMBINE, Operator.TRANSFER)  # what is refused when nearly the same was tried
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Coordinator:
         journal: Opened for writing.
         repo: The study's git repository.
         executor: Where trials run.
-        proposer: Asked for proposals.
+        askers: Each asks one proposer.
         console: Shows what happens.
         session: Of this run.
         clock: Unix time in seconds.
@@ -110,7 +105,7 @@ class Coordinator:
         journal: Journal,
         repo: Ratchet,
         executor: Executor,
-        proposer: Proposer,
+        askers: Sequence[Asking],
         console: Console,
         session: Session,
         clock: Callable[[], float] = time.time,
@@ -122,10 +117,11 @@ class Coordinator:
         self._journal = journal
         self._repo = repo
         self._executor = executor
-        self._asker = Asker(proposer, clock)
+        self._askers = {asker.name: asker for asker in askers}
         self._console = console
         self._session = session
         self._clock = clock
+        self._tuned = objective.tuned_file(self._objective.editable)
         self._presets = objective.load_presets() if self._objective.has_presets else {}
         self._slots: dict[str, SlotInfo] = {}
         self._profile_of: dict[str, str] = {}  # slot id -> profile slug
@@ -133,6 +129,8 @@ class Coordinator:
         self._wall_s: dict[str, float] = {}  # of the last measured trial, by profile
         self._failed_slots: list[str] = []
         self._inbox_at = 0.0
+        self._texts: OrderedDict[str, Mapping[str, str]] = OrderedDict()
+        self._known: dict[str, duplicates.Known] = {}
         self._draining = False
         self._stopping = False
 
@@ -155,12 +153,11 @@ class Coordinator:
         self._recover()
         self._record(SessionStarted(platform.node(), os.getpid(), __version__))
         self._teach()
-        self._wait(0.0)  # the slots begin to be set up, and meanwhile the judge's library is loaded: half a second
-        judge.student_t()
         try:
             return self._end(self._loop())
         finally:
-            self._asker.close()
+            for asker in self._askers.values():
+                asker.close()
 
     def _loop(self) -> str:
         said_draining = False
@@ -173,15 +170,21 @@ class Coordinator:
                 if isinstance(command, Finish):
                     return command.reason
                 self._perform(command)
-            self._wait(0.0 if commands else POLL_WHILE_ASKING_S if self._asker.in_flight() else POLL_S)
+            asked = any(asker.in_flight() for asker in self._askers.values())
+            self._wait(0.0 if commands else POLL_WHILE_ASKING_S if asked else POLL_S)
         return "stopped at once: runs in flight are run again when the study goes on"
 
     # ---- the loop's parts ----
 
     def _next_commands(self) -> list[Command]:
         accepting = self._session.deadline is None or self._clock() < self._session.deadline
-        commands = self._study.next_commands(
-            self._slots_by_profile(), asking=self._asker.outstanding(), accepting=accepting, draining=self._draining
+        asking = {
+            (profile, name): count
+            for name, asker in self._askers.items()
+            for profile, count in asker.outstanding().items()
+        }
+        commands = next_commands(
+            self._study, self._slots_by_profile(), asking=asking, accepting=accepting, draining=self._draining
         )
         if not commands and self._out_of_ideas():
             return [Finish("no proposer has anything new to try")]
@@ -192,26 +195,30 @@ class Coordinator:
     def _out_of_ideas(self) -> bool:
         served = {self._profile_of[slot_id] for slot_id in self._slots}
         lanes = [lane for slug, lane in self._study.lanes.items() if slug in served and not lane.blocked]
-        idle = not self._study.running and not any(self._study.queued()[lane.profile.slug] for lane in lanes)
-        return (
-            bool(lanes) and idle and min(self._asker.fruitless(lane.profile.slug) for lane in lanes) >= NO_IDEAS_AFTER
-        )
+        if not lanes or self._study.running or any(lane.open for lane in lanes):
+            return False
+        asks = [asker.fruitless(lane.profile.slug) for lane in lanes for asker in self._askers.values()]
+        return min(asks) >= NO_IDEAS_AFTER
 
     def _wait(self, timeout_s: float) -> None:
         for report in self._executor.poll(timeout_s):
             self._handle(report)
-        for answer in self._asker.answers():
-            if answer.failure:
-                self._console.note(f"the proposer failed and is asked again later: {answer.failure}")
-            for idea in answer.ideas:
-                self._propose(idea, answer.request.profile, answer.request.base, answer.seconds / len(answer.ideas))
-        for failure in self._asker.broken_tells():
-            self._console.note(f"the proposer could not be told of a run: {failure}")
+        for name, asker in self._askers.items():
+            self._take_answers(name, asker)
         if self._clock() - self._inbox_at >= INBOX_EVERY_S:
             self._inbox_at = self._clock()
             self._take_inbox()
         slots = self._slots_by_profile()
         self._console.refresh(self._clock(), slots=slots, progress=self._progress, draining=self._draining)
+
+    def _take_answers(self, name: str, asker: Asking) -> None:
+        for answer in asker.answers():
+            if answer.failure:
+                self._console.note(f"proposer {name} failed and is asked again later: {answer.failure}")
+            for idea in answer.ideas:
+                self._propose(idea, answer.request.profile, answer.request.base, answer.seconds / len(answer.ideas))
+        for failure in asker.broken_tells():
+            self._console.note(f"proposer {name} could not be told of a run: {failure}")
 
     def _slots_by_profile(self) -> list[Slot]:
         return [Slot(slot_id, self._profile_of[slot_id]) for slot_id in self._slots]
@@ -268,8 +275,36 @@ class Coordinator:
         if same is not None:
             self._record(Refused(proposal.id, f"the same program as {same}"))
             return
+        near = self._near(lane, proposal, files)
+        if near is not None:
+            self._record(Refused(proposal.id, f"nearly the same program as {near}"))
+            return
         self._repo.keep(proposal.id, commit)
-        self._record(Materialised(proposal.id, commit, digest))
+        self._record(Materialised(proposal.id, commit, digest, size(files)))
+
+    def _near(self, lane: Lane, proposal: Proposal, files: Mapping[str, str]) -> str | None:
+        """A candidate, run or in line, whose knobs are all but equal; else the program is remembered."""
+        slug = lane.profile.slug
+        known = self._known.get(slug)
+        if known is None:
+            known = self._known[slug] = duplicates.Known()
+            for name in lane_candidates(self._study, slug)[-REMEMBERED:]:
+                commit = self._study.candidates[name].candidate.commit
+                known.add(name, duplicates.signature(self._files(commit), self._tuned))
+        signature = duplicates.signature(files, self._tuned)
+        near = known.near(signature) if proposal.operator in NEAR and not proposal.carries else None
+        if near is None:
+            known.add(proposal.id, signature)
+        return near
+
+    def _files(self, commit: str) -> Mapping[str, str]:
+        """The editable files of a commit, from memory where they were asked for lately."""
+        if commit not in self._texts:
+            self._texts[commit] = self._repo.files(commit, self._objective.editable)
+            if len(self._texts) > PROGRAMS:
+                self._texts.popitem(last=False)
+        self._texts.move_to_end(commit)
+        return self._texts[commit]
 
     def _move(self, command: MoveRatchet) -> None:
         state = self._study.candidate(command.candidate.id)
@@ -303,38 +338,61 @@ class Coordinator:
                 f"{error}; a ratchet is moved by its study alone: set the branch back and start again"
             ) from None
         self._record(RatchetMoved(command.profile, proposal.id, commit, command.expected))
-        self._asker.retry(command.profile)
+        for asker in self._askers.values():
+            asker.retry(command.profile)
 
     def _carry(self, command: Carry) -> None:
-        proposal = command.candidate.proposal
-        champion = self._study.lane(proposal.profile).champion
-        try:
-            patch = self._repo.carry(
-                command.candidate.commit, base=proposal.base, onto=command.onto, editable=self._objective.editable
-            )
-        except Empty:
-            self._drop(command, f"its change is in the champion {champion} already")
-        except Conflict as error:
-            self._drop(command, f"it conflicts with the champion {champion}: {error}")
-        else:
-            confirmed = self._study.candidate(proposal.id).verdict is Verdict.KEEP
-            carried = Proposal(
-                id=candidate_id(self._study.proposals + 1),
-                profile=proposal.profile,
-                base=command.onto,
-                patch=patch,
-                operator=Operator.COMBINE if confirmed else proposal.operator,
-                hypothesis=proposal.hypothesis,
-                proposer=proposal.proposer,
-                predicted_delta=proposal.predicted_delta,
-                carries=proposal.id,
-            )
-            self._record(Proposed(carried))
-
-    def _drop(self, command: Carry, reason: str) -> None:
-        state = self._study.candidate(command.candidate.id)
+        """Merges the changes onto the newer program, one after the other; what cannot be merged is dropped and said."""
+        tip, carried = command.onto, list[Proposal]()
+        for candidate in command.candidates:
+            proposal = candidate.proposal
+            try:
+                patch = self._repo.carry(
+                    candidate.commit, base=proposal.base, onto=tip, editable=self._objective.editable
+                )
+                tip = self._repo.commit_patch(
+                    tip, patch, editable=self._objective.editable, message="A merge\n", at=self._study.last_at
+                )
+            except Empty:
+                self._drop(candidate.id, f"its change is in {command.champion} already")
+            except (Conflict, PatchError) as error:
+                self._drop(candidate.id, f"it conflicts with {command.champion}: {error}", conflict=True)
+            else:
+                carried.append(proposal)
+        if not carried:
+            return
+        first = carried[0]
+        confirmed = self._study.candidate(first.id).verdict is Verdict.KEEP
         self._record(
-            Judged(command.candidate.id, Verdict.DISCARD, reason, state.delta, state.delta_se, pairs=state.pairs)
+            Proposed(
+                Proposal(
+                    id=candidate_id(self._study.proposals + 1),
+                    profile=first.profile,
+                    base=command.onto,
+                    patch=self._repo.diff(command.onto, tip),
+                    operator=Operator.COMBINE if confirmed else first.operator,
+                    hypothesis=" + ".join(proposal.hypothesis for proposal in carried),
+                    proposer=first.proposer,
+                    predicted_delta=first.predicted_delta if len(carried) == 1 else None,
+                    carries=tuple(proposal.id for proposal in carried),
+                )
+            )
+        )
+
+    def _drop(self, candidate: str, reason: str, *, conflict: bool = False) -> None:
+        state = self._study.candidate(candidate)
+        self._record(
+            Judged(
+                candidate,
+                Verdict.DISCARD,
+                reason,
+                state.delta,
+                state.delta_se,
+                pairs=state.pairs,
+                p_better=state.p_better,
+                gain=state.gain,
+                conflict=conflict,
+            )
         )
 
     def _start(self, command: StartTrial) -> None:
@@ -348,6 +406,7 @@ class Coordinator:
             device=lane.profile.device,
             threads=lane.profile.threads,
             holdout=trial.holdout,
+            futile_above=trial.futile_above,
         )
         spec = RunSpec(
             trial_id=trial.id,
@@ -363,6 +422,7 @@ class Coordinator:
             threads=lane.profile.threads,
             niceness=self._config.slots.niceness,
             out=str(self._folder.trials / trial.id),
+            futile_above=trial.futile_above,
         )
         self._record(TrialStarted(trial, command.attempt, command.slot))
         try:
@@ -372,15 +432,36 @@ class Coordinator:
 
     def _ask(self, command: Ask) -> None:
         lane = self._study.lane(command.profile)
-        self._asker.ask(
+        self._askers[command.proposer].ask(
             Request(
                 profile=command.profile,
-                base=lane.champion_commit,
-                files=self._repo.files(lane.champion_commit, self._objective.editable),
+                base=command.base,
+                files=self._files(command.base),
                 count=command.count,
                 known=frozenset(lane.fingerprints),
                 direction=self._objective.direction,
+                origin=self._files(self._study.candidate(lane.base).candidate.commit),
+                elsewhere=self._elsewhere(lane),
+                unmerged=[self._step_of(self._study.candidate(name)) for name in lane.unmerged[-STEPS:]],
+                sources=frozenset(lane.sources),
             )
+        )
+
+    def _elsewhere(self, lane: Lane) -> list[Step]:
+        """The latest steps of the other ratchets."""
+        others = [other for other in self._study.lanes.values() if other is not lane]
+        wins = sorted((win.at, win.candidate) for other in others for win in other.wins[-STEPS:])
+        return [self._step_of(self._study.candidate(name)) for _, name in wins[-STEPS:]]
+
+    def _step_of(self, state: CandidateState) -> Step:
+        proposal = state.candidate.proposal
+        return Step(
+            candidate=proposal.id,
+            profile=proposal.profile,
+            hypothesis=proposal.hypothesis,
+            delta=state.delta or 0.0,
+            before=self._files(proposal.base),
+            after=self._files(state.candidate.commit),
         )
 
     def _propose(self, idea: Idea, profile: str, base: str, seconds: float) -> None:
@@ -397,6 +478,7 @@ class Coordinator:
                     predicted_delta=idea.predicted_delta,
                     cost_usd=idea.cost_usd,
                     proposal_s=round(seconds, 3),
+                    source=idea.source,
                 )
             )
         )
@@ -516,7 +598,8 @@ class Coordinator:
             return
         value = measurement.value if measurement else None
         repo, editable = self._repo, self._objective.editable
-        self._asker.tell(lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value))
+        for asker in self._askers.values():
+            asker.tell(lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value))
 
     # ---- after a restart ----
 
@@ -535,7 +618,20 @@ class Coordinator:
 
 
 def _finished(trial_id: str, attempt: int, result: RunResult) -> TrialFinished:
-    return TrialFinished(trial_id, attempt, result.outcome, result.reason, result.measurement, log_tail=result.log_tail)
+    return TrialFinished(
+        trial_id,
+        attempt,
+        result.outcome,
+        result.reason,
+        result.measurement,
+        log_tail=result.log_tail,
+        halfway=result.halfway,
+    )
+
+
+def lane_candidates(study: Study, profile: str) -> list[str]:
+    """Ids of a profile's candidates, oldest first."""
+    return [name for name, state in study.candidates.items() if state.candidate.profile == profile]
 
 
 def _subject(proposal: Proposal) -> str:

@@ -54,7 +54,7 @@ class Purpose(Enum):
     BASELINE = "baseline"  # the profile's first program, for its noise
     SCREEN = "screen"  # the candidate's first run
     RACE = "race"  # the candidate's side of a pair
-    REFERENCE = "reference"  # the other side: the program that the candidate was built on
+    REFERENCE = "reference"  # the other side: the program that candidates are built on, once for all that race then
 
 
 class Direction(Enum):
@@ -105,8 +105,9 @@ class Proposal:
         base: Commit that the patch applies to.
         patch: Unified diff against `base`.
         predicted_delta: Expected change of the metric, if the proposer said one.
-        carries: Candidate whose change this one carries onto a newer champion.
+        carries: Candidates whose changes this one carries onto a newer champion; several are a union of wins.
         proposal_s: Seconds that the proposer took.
+        source: What the proposer made it from (a step of another ratchet, a hunk), so that it is not made twice.
     """
 
     id: str
@@ -117,9 +118,10 @@ class Proposal:
     hypothesis: str
     proposer: str
     predicted_delta: float | None = None
-    carries: str | None = None
+    carries: tuple[str, ...] = ()
     cost_usd: float = 0.0
     proposal_s: float = 0.0
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,13 @@ class Candidate:
 
     Attributes:
         fingerprint: Hash of the program without comments and layout: equal programs have equal fingerprints.
+        size: Of the program, as `knobs.size` counts it; 0 when it is not known.
     """
 
     proposal: Proposal
     commit: str
     fingerprint: str
+    size: int = 0
 
     @property
     def id(self) -> str:
@@ -151,9 +155,11 @@ class Trial:
 
     Attributes:
         id: Unique and derived from what is run, so that asking for the same run twice is the same trial.
-        rival: For a pair: the candidate that the race is about.
+        rival: For the candidate's side of a pair: the trial of the other side, with the same seed.
         pair: For a pair: its number, from 1.
         holdout: Whether the second held-out split is measured as well (reported, never used to decide).
+        futile_above: For a metric that is minimised: at half of the budget the trial ends as futile if the metric on
+            a small slice is above this. None: it always runs to its end. (Maximised: below.)
     """
 
     id: str
@@ -165,6 +171,7 @@ class Trial:
     rival: str | None = None
     pair: int = 0
     holdout: bool = False
+    futile_above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,7 @@ class Materialised:
     proposal_id: str
     commit: str
     fingerprint: str
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,7 @@ class TrialFinished:
     Attributes:
         reason: One line for anything but `measured`.
         log_tail: The last lines of the output when it failed.
+        halfway: The metric on a small slice of the evaluation at half of the budget, where that was measured.
     """
 
     trial_id: str
@@ -266,6 +275,7 @@ class TrialFinished:
     reason: str = ""
     measurement: Measurement | None = None
     log_tail: str = ""
+    halfway: float | None = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +286,9 @@ class Judged:
         delta: Estimated change of the metric against the program that it was built on (negative: lower).
         delta_se: Standard error of `delta`.
         pairs: Number of fresh pairs behind `delta`; 0 when it is the screening run's.
+        p_better: Posterior probability that the change is an improvement.
+        gain: What the change is worth after all that is known, in units of the metric with positive better.
+        conflict: Whether its change cannot be merged onto the champion: a proposer may find another way.
     """
 
     candidate: str
@@ -284,6 +297,9 @@ class Judged:
     delta: float | None = None
     delta_se: float | None = None
     pairs: int = 0
+    p_better: float | None = None
+    gain: float | None = None
+    conflict: bool = False
 
 
 @dataclass(frozen=True)
@@ -294,6 +310,28 @@ class RatchetMoved:
     candidate: str
     commit: str
     previous: str
+
+
+@dataclass(frozen=True)
+class SlotSetAside:
+    """A slot drifts or is throttled: it gets no more trials, and those that still matter are run again elsewhere.
+
+    Attributes:
+        repeat: Trials whose results are no longer believed.
+    """
+
+    slot: str
+    profile: str
+    reason: str
+    repeat: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SlotRestored:
+    """A slot that was set aside gets trials again."""
+
+    slot: str
+    profile: str
 
 
 Event = (
@@ -307,6 +345,8 @@ Event = (
     | TrialFinished
     | Judged
     | RatchetMoved
+    | SlotSetAside
+    | SlotRestored
 )
 
 

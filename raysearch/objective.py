@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -239,6 +239,11 @@ def check_program(files: Mapping[str, str], objective: Objective) -> None:
             )
 
 
+def tuned_file(editable: Sequence[str]) -> str:
+    """The file whose knobs are searched: the first Python program among the editable ones."""
+    return next((path for path in editable if path.endswith(".py")), editable[0])
+
+
 def _defines_train(tree: ast.Module) -> bool:
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "train":
@@ -249,7 +254,7 @@ def _defines_train(tree: ast.Module) -> bool:
 
 
 def plan_trial(
-    objective: Objective, preset: Preset | None, budget: Budget, *, device: str, threads: int, holdout: bool
+    objective: Objective, preset: Preset | None, budget: Budget, *, device: str, threads: int, holdout: bool, futile_above: float | None = None
 ) -> RunPlan:
     """How to run one trial of the objective.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
-from raysearch import tally
+from raysearch import schedule, tally
 from raysearch.model import Outcome, Profile
 from raysearch.study import Study
 from raysearch.tally import Fate, Line, Standing, TimeUse
@@ -91,7 +91,7 @@ def _row(study: Study, line: Line, metric: str) -> dict[str, str]:
     state, proposal = line.state, line.state.candidate.proposal
     measured = [run.measurement for run in line.runs if run.measurement is not None]
     first = measured[0] if measured else None
-    fresh = study.lane(proposal.profile).fresh.get(proposal.id, [])
+    fresh = study.lane(proposal.profile).fresh.values(proposal.id)
     holdouts = [one.holdout for one in measured if one.holdout is not None]
     facts = first.facts if first else {}
     said = f"baseline: {proposal.hypothesis}" if line.fate is Fate.BASELINE else proposal.hypothesis
@@ -449,7 +449,7 @@ def status(study: Study, *, name: str, metric: str, now: float, running: bool) -
     """
     done = tally.finished(study)
     lines = [line for line in tally.lines(study, done) if line.fate is not Fate.BASELINE]
-    queued = {slug: len(trials) for slug, trials in study.queued().items()}
+    queued = {slug: schedule.queue_length(study, lane) for slug, lane in study.lanes.items()}
     return StudyStatus(
         study=name,
         metric=metric,
@@ -478,7 +478,7 @@ def status(study: Study, *, name: str, metric: str, now: float, running: bool) -
                 slot=run.slot,
                 attempt=run.attempt,
                 running_s=round(max(0.0, now - run.started_at), 1),
-                hypothesis=_about(study, run.trial.rival or run.trial.candidate),
+                hypothesis=_about(study, run.trial.candidate),
             )
             for run in study.running.values()
         ],

@@ -175,7 +175,11 @@ def _read(place: Folder) -> tuple[StudyConfig, Study, bool]:
 
 def search(options: Mapping[str, Any]) -> int:
     """Starts or continues a study; returns the exit code."""
-    from raysearch.proposers.tune import TuneProposer  # noqa: PLC0415 - numpy, for a search alone
+    from raysearch.proposers.ablate import AblateProposer  # noqa: PLC0415 - for a search alone
+    from raysearch.proposers.combine import CombineProposer  # noqa: PLC0415
+    from raysearch.proposers.simplify import SimplifyProposer  # noqa: PLC0415
+    from raysearch.proposers.transfer import TransferProposer  # noqa: PLC0415
+    from raysearch.proposers.tune import TuneProposer  # noqa: PLC0415 - numpy
 
     _check_limits(options)
     place = folder.named_folder(options["name"], options["studies"])
@@ -184,16 +188,19 @@ def search(options: Mapping[str, Any]) -> int:
     task = config.to_objective()
     if task.has_presets and config.preset != "auto":
         objective.named_preset(objective.load_presets(), config.preset)
-    tuned = _tuned_file(task.editable)
-    proposer = TuneProposer(searcher=config.search.searcher, seed=config.search.seed, path=tuned)
+    tuned = objective.tuned_file(task.editable)
+    tune = TuneProposer(searcher=config.search.searcher, seed=config.search.seed, path=tuned)
     files = _base_program(options, config) if is_new else None
     if files is not None:
-        proposer.check(files[tuned])
+        tune.check(files[tuned])
     if task.has_presets and options["address"] is None:
         config = _prepare_here(config, files)
     if files is not None:
         folder.make(place, config, files, at=time.time())
-    return _drive(place, config, options, proposer)
+    seed = config.search.seed
+    rest = (AblateProposer(seed=seed), SimplifyProposer(seed=seed), TransferProposer(), CombineProposer())
+    chosen: list[Proposer] = [one for one in (tune, *rest) if one.name in config.search.proposers]
+    return _drive(place, config, options, chosen)
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,13 +285,13 @@ def _prepare_here(config: StudyConfig, files: Mapping[str, str] | None) -> Study
     return config.model_copy(update={"datasets": datasets})
 
 
-def _drive(place: Folder, config: StudyConfig, options: Mapping[str, Any], proposer: Proposer) -> int:
+def _drive(place: Folder, config: StudyConfig, options: Mapping[str, Any], proposers: Sequence[Proposer]) -> int:
     journal = Journal(place.journal, writer=True)
     try:
         study = folder.replay(config, journal, max_trials=options["trials"])
         repo = Ratchet.open(place.repo)
         folder.check_ratchets(study, repo, place)
-        return _coordinate(place, config, options, proposer, journal=journal, study=study, repo=repo)
+        return _coordinate(place, config, options, proposers, journal=journal, study=study, repo=repo)
     finally:
         journal.close()
 
@@ -293,7 +300,7 @@ def _coordinate(
     place: Folder,
     config: StudyConfig,
     options: Mapping[str, Any],
-    proposer: Proposer,
+    proposers: Sequence[Proposer],
     *,
     journal: Journal,
     study: Study,
@@ -301,6 +308,7 @@ def _coordinate(
 ) -> int:
     # Ray and what draws cost a second: after everything that can be wrong with the input
     from raysearch import report as reports  # noqa: PLC0415
+    from raysearch.asker import Asker  # noqa: PLC0415
     from raysearch.console import Console  # noqa: PLC0415
     from raysearch.coordinator import Coordinator, Session  # noqa: PLC0415
     from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
@@ -329,7 +337,7 @@ def _coordinate(
         journal=journal,
         repo=repo,
         executor=executor,
-        proposer=proposer,
+        askers=[Asker(proposer, time.time) for proposer in proposers],
         console=console,
         session=session,
     )
@@ -356,10 +364,6 @@ def _on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
         call()
 
     signal.signal(number, handle)
-
-
-def _tuned_file(editable: Sequence[str]) -> str:
-    return next((path for path in editable if path.endswith(".py")), editable[0])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -68,6 +68,7 @@ class RunSpec:
     threads: int
     niceness: int
     out: str = ""
+    futile_above: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class RunResult:
     reason: str
     measurement: Measurement | None = None
     log_tail: str = ""
+    halfway: float | None = None
     files: dict[str, bytes] = dataclasses.field(default_factory=dict[str, bytes])
 
 

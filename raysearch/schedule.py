@@ -1,11 +1,34 @@
-"""Which queued trial goes to which free slot: pure. It starts nothing and knows no Ray."""
+"""Which trial goes to which free slot: pure. It starts nothing and knows no Ray.
+
+The order of a profile's work: what was lost and is still wanted, baselines, races, a little repetition for the noise,
+first runs in the order of the bandit; and when slots would idle, further pairs of races ahead of their time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from raysearch.model import Trial
+from raysearch import bandit, futility
+from raysearch.bandit import Arm
+from raysearch.model import Outcome, Purpose, Trial
+from raysearch.study import (
+    REFERENCE_SEEDS,
+    SCREEN_SEEDS,
+    CandidateState,
+    Lane,
+    Study,
+    TrialState,
+    baseline_id,
+    candidate_number,
+    race_id,
+    reference_id,
+    screen_id,
+)
+
+FRESH_TRIALS = 8.0  # durations of a trial after which a reference run is too old for a new pair
+LOOK_BACK = 12  # of a program's fresh runs, the latest ones, that are looked at for a pair
+SPARE_PAIRS = 2  # pairs beyond the cap, in place of those whose other side failed
 
 
 @dataclass(frozen=True)
@@ -16,14 +39,210 @@ class Slot:
     profile: str
 
 
-def assign(queued: Iterable[Trial], free: Sequence[Slot]) -> list[tuple[Trial, Slot]]:
-    """Gives each trial, in order of the queue, the first free slot of its profile."""
-    by_profile: dict[str, list[Slot]] = {}
-    for slot in reversed(free):
-        by_profile.setdefault(slot.profile, []).append(slot)
-    assigned: list[tuple[Trial, Slot]] = []
-    for trial in queued:
-        slots = by_profile.get(trial.profile)
-        if slots:
-            assigned.append((trial, slots.pop()))
-    return assigned
+def assign(study: Study, lane: Lane, free: Sequence[Slot]) -> list[tuple[Trial, Slot]]:
+    """Gives the profile's free slots a trial each, in the order of its work, as long as there is any."""
+    if not free or lane.blocked:
+        return []
+    return list(zip(_once(_queue(study, lane)), free, strict=False))
+
+
+def queued(study: Study) -> dict[str, list[Trial]]:
+    """Trials that wait for a slot, by profile, in the order in which they would get one, without what idles allow."""
+    return {
+        slug: [] if lane.blocked else list(_once(_queue(study, lane, ahead=False)))
+        for slug, lane in study.lanes.items()
+    }
+
+
+def queue_length(study: Study, lane: Lane) -> int:
+    """How many trials wait for a slot, first runs whose change has to be carried first included."""
+    return 0 if lane.blocked else len(lane.line) + sum(1 for _ in _once(_urgent(study, lane)))
+
+
+def _once(trials: Iterator[Trial]) -> Iterator[Trial]:
+    """Each trial once: races share the runs of what they are compared with."""
+    seen: set[str] = set()
+    for trial in trials:
+        if trial.id not in seen:
+            seen.add(trial.id)
+            yield trial
+
+
+def _queue(study: Study, lane: Lane, *, ahead: bool = True) -> Iterator[Trial]:
+    yield from _urgent(study, lane)
+    yield from _screens(study, lane)
+    if ahead and study.baseline_done(lane):
+        yield from _races(study, lane, ahead=True)
+
+
+def _urgent(study: Study, lane: Lane) -> Iterator[Trial]:
+    for name in lane.again:
+        if _wanted(study, lane, study.trials[name].trial):
+            yield study.trials[name].trial
+    if not study.baseline_done(lane):
+        yield from _baselines(study, lane)
+        return
+    yield from _races(study, lane, ahead=False)
+    yield from _repeats(study, lane)
+
+
+def _wanted(study: Study, lane: Lane, trial: Trial) -> bool:
+    """Whether a trial that was lost is still of use."""
+    if trial.purpose is Purpose.BASELINE and not study.baseline_done(lane):
+        return True
+    if trial.purpose in (Purpose.BASELINE, Purpose.REFERENCE):
+        races = lane.rivals.get(trial.id, ())
+        return trial.candidate == lane.champion or any(study.trials[r].trial.candidate in lane.racing for r in races)
+    return trial.candidate in lane.open and (trial.purpose is Purpose.SCREEN or trial.candidate in lane.racing)
+
+
+def _baselines(study: Study, lane: Lane) -> Iterator[Trial]:
+    commit = study.candidates[lane.base].candidate.commit
+    for number in range(1, study.settings.baseline_runs + 1):
+        name = baseline_id(lane.base, number)
+        if name not in study.trials:
+            yield Trial(name, lane.base, lane.profile.slug, commit, Purpose.BASELINE, seed=number, holdout=number == 1)
+
+
+def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
+    """The runs that races need now, the other side of each pair first; with `ahead`, up to the cap on pairs."""
+    planned: dict[str, list[Trial]] = {}
+    for name in lane.racing:
+        state = study.candidates[name]
+        base = study.built_on(state.candidate)
+        if not state.races and not study.lives(lane, base.id):
+            continue  # it is carried instead, and raced there
+        for run in state.races:
+            rival = study.trials[run].trial.rival
+            if rival is not None and rival not in study.trials:
+                yield _reference(lane, base, rival)
+        good = [run for run in state.races if not is_spoilt(study, study.trials[run])]
+        known = study.judge(lane)
+        if known is None:
+            return
+        cap = study.settings.rules.max_pairs
+        wanted = cap if ahead else known.wanted_pairs(state.gain, state.pairs)
+        used = {study.trials[run].trial.rival for run in state.races}
+        for pair in range(len(state.races) + 1, len(state.races) + 1 + wanted - len(good)):
+            if pair > cap + SPARE_PAIRS:
+                break
+            theirs = _other_side(study, lane, base, used, planned.setdefault(base.id, []))
+            used.add(theirs.id)
+            if theirs.id not in study.trials:
+                yield theirs
+            yield Trial(
+                race_id(name, pair),
+                name,
+                lane.profile.slug,
+                state.candidate.commit,
+                Purpose.RACE,
+                theirs.seed,
+                rival=theirs.id,
+                pair=pair,
+                holdout=pair == 1,
+            )
+
+
+def is_spoilt(study: Study, run: TrialState) -> bool:
+    """Whether the other side of a pair failed, so that it is no pair."""
+    theirs = study.trials.get(run.trial.rival or "")
+    return theirs is not None and theirs.outcome is not None and theirs.value is None
+
+
+def _other_side(study: Study, lane: Lane, base: CandidateState, used: set[str | None], planned: list[Trial]) -> Trial:
+    """A run of the base for one more pair: one that is recent, in flight or planned, else a new one.
+
+    Races of several candidates share them: each pair still has its own seed, and is two runs of about the same time.
+    """
+    oldest = study.last_at - FRESH_TRIALS * (lane.wall_s or 0.0)
+    runs = lane.fresh_runs.get(base.id, [])
+    for name in reversed(runs[-LOOK_BACK:]):
+        run = study.trials[name]
+        recent = run.finished_at is None or run.finished_at >= oldest
+        if name not in used and run.outcome in (None, Outcome.MEASURED) and recent:
+            return run.trial
+    for trial in planned:
+        if trial.id not in used:
+            return trial
+    number = sum(study.trials[name].trial.purpose is Purpose.REFERENCE for name in runs) + len(planned) + 1
+    planned.append(_reference(lane, base, reference_id(base.id, number)))
+    return planned[-1]
+
+
+def _reference(lane: Lane, base: CandidateState, name: str) -> Trial:
+    seed = REFERENCE_SEEDS + int(name.rpartition("reference")[2])
+    return Trial(name, base.id, lane.profile.slug, base.candidate.commit, Purpose.REFERENCE, seed)
+
+
+def _repeats(study: Study, lane: Lane) -> Iterator[Trial]:
+    """A run of the champion now and then: for σ, for its value, and for the slots' health; races use it as well."""
+    if study.settings.rules.greedy or not lane.line or lane.repeats >= study.settings.noise_share * lane.started:
+        return
+    champion = study.candidates[lane.champion]
+    runs = lane.fresh_runs.get(champion.id, [])
+    number = sum(study.trials[name].trial.purpose is Purpose.REFERENCE for name in runs) + 1
+    yield _reference(lane, champion, reference_id(champion.id, number))
+
+
+def _screens(study: Study, lane: Lane) -> Iterator[Trial]:
+    """First runs, the arm that the bandit names first; a person's proposals before all others."""
+    lines = _lines(study, lane)
+    for arm in [arm for arm in lines if arm.proposer not in study.settings.proposers]:
+        for name in lines.pop(arm):
+            yield _screen(study, lane, study.candidates[name])
+    draw = chance(study.settings.seed, lane.started)
+    places = dict.fromkeys(lines, 0)
+    while lines:
+        arm = bandit.order(lane.tallies, list(lines), draw)[0] if len(lines) > 1 else next(iter(lines))
+        names, place = lines[arm], places[arm]
+        places[arm] += 1
+        if place + 1 >= len(names):
+            del lines[arm]
+        yield _screen(study, lane, study.candidates[names[place]])
+
+
+def _lines(study: Study, lane: Lane) -> dict[Arm, list[str]]:
+    """The candidates that may have their first run, by arm, oldest first."""
+    alive: dict[str, bool] = {}
+    lines: dict[Arm, list[str]] = {}
+    for name in lane.line:
+        base = study.built_on_id(name)
+        if base not in alive:
+            alive[base] = study.lives(lane, base)
+        if alive[base]:
+            proposal = study.candidates[name].candidate.proposal
+            lines.setdefault(Arm(proposal.proposer, proposal.operator), []).append(name)
+    return lines
+
+
+def _screen(study: Study, lane: Lane, state: CandidateState) -> Trial:
+    number = candidate_number(state.id)
+    trial = Trial(
+        screen_id(state.id),
+        state.id,
+        lane.profile.slug,
+        state.candidate.commit,
+        Purpose.SCREEN,
+        seed=SCREEN_SEEDS + number,
+    )
+    noise = lane.noise()
+    rules = study.settings.rules
+    if rules.greedy or not study.settings.futility or noise is None or futility.spared(state.id):
+        return trial
+    half = lane.halves.mean(study.built_on_id(state.id))
+    return replace(trial, futile_above=lane.futility.bound(half, noise.sigma))
+
+
+def chance(seed: int, count: int) -> Callable[[], float]:
+    """Numbers that are uniform in [0, 1) and the same for the same state (SplitMix64: Steele et al., OOPSLA 2014)."""
+    state = (seed * 0x9E3779B97F4A7C15 + count * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
+
+    def draw() -> float:
+        nonlocal state
+        state = (state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = state
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        return ((mixed ^ (mixed >> 31)) >> 11) / 2**53
+
+    return draw

@@ -1,15 +1,18 @@
-"""The state of a study and what to do next: events in, commands out, with no clock, no file and no network.
+"""The state of a study: what its journal adds up to, event by event, with no clock, no file and no network.
 
-`Study.apply` folds the journal's events into the state; `Study.next_commands` reads the state and the free slots and
-says what to do. It performs nothing: the coordinator does, and journals what came of it.
+What to do next is `plan`'s business, and what numbers mean is `judge`'s. Every event takes about constant time,
+whatever the length of the study.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from raysearch import judge, schedule
+from raysearch import bandit, judge
+from raysearch.bandit import Arm, Tally
+from raysearch.futility import Futility
+from raysearch.health import Health
 from raysearch.model import (
     Candidate,
     Direction,
@@ -28,15 +31,17 @@ from raysearch.model import (
     Refused,
     SessionEnded,
     SessionStarted,
+    SlotRestored,
+    SlotSetAside,
     Trial,
     TrialFinished,
     TrialStarted,
     Verdict,
 )
-from raysearch.schedule import Slot
 
-SEEDS_A_CANDIDATE = 100  # pairs of different candidates never share a seed
-MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
+REFERENCE_SEEDS = 1_000  # the n-th reference run of a program has the seed 1000 + n
+SCREEN_SEEDS = 100_000  # and the n-th candidate's first run 100000 + n, so that no race repeats it
+RECENT = 0.2  # of a new trial in the running mean of their seconds
 
 
 class InvalidTransition(Exception):
@@ -53,6 +58,11 @@ class Settings:
         rules: Of the judge.
         max_losses: A trial that the infrastructure lost this often is given up.
         max_trials: Screening runs of each profile after which no new proposal is asked for; None for no limit.
+        proposers: Names of those who are asked; the first one has most of the line.
+        frontier: Whether proposals are built on candidates that are still raced.
+        futility: Whether trials far behind at half of the budget are stopped.
+        noise_share: Share of the runs that repeat the champion, for the noise and the slots' health.
+        seed: Of what is left to chance.
     """
 
     direction: Direction = Direction.MINIMIZE
@@ -60,67 +70,11 @@ class Settings:
     rules: judge.Rules = field(default_factory=judge.Rules)
     max_losses: int = 3
     max_trials: int | None = None
-
-
-# ---- commands: what the coordinator is to do ----
-
-
-@dataclass(frozen=True)
-class StartTrial:
-    """Run this attempt on this slot."""
-
-    trial: Trial
-    attempt: int
-    slot: str
-
-
-@dataclass(frozen=True)
-class Materialise:
-    """Make the proposal a commit, or refuse it."""
-
-    proposal: Proposal
-
-
-@dataclass(frozen=True)
-class Conclude:
-    """Journal this verdict."""
-
-    event: Judged
-
-
-@dataclass(frozen=True)
-class MoveRatchet:
-    """Move the branch from `expected` to a commit with the candidate's tree."""
-
-    profile: str
-    candidate: Candidate
-    expected: str
-
-
-@dataclass(frozen=True)
-class Carry:
-    """The candidate was built on a champion that has been replaced: merge its change onto `onto`."""
-
-    candidate: Candidate
-    onto: str
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Ask the proposers for `count` proposals for a profile."""
-
-    profile: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Finish:
-    """Nothing is left to do."""
-
-    reason: str
-
-
-Command = StartTrial | Materialise | Conclude | MoveRatchet | Carry | Ask | Finish
+    proposers: tuple[str, ...] = ("tune",)
+    frontier: bool = True
+    futility: bool = True
+    noise_share: float = 0.05
+    seed: int = 0
 
 
 # ---- state ----
@@ -141,11 +95,23 @@ class TrialState:
     reason: str = ""
     log_tail: str = ""
     measurement: Measurement | None = None
+    halfway: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The metric, None unless measured."""
+        return self.measurement.value if self.measurement else None
 
 
 @dataclass
 class CandidateState:
-    """A candidate on its way. `verdict` is None before the screening run was judged."""
+    """A candidate on its way. `verdict` is None before the screening run was judged.
+
+    Attributes:
+        p_better, gain: See `model.Judged`; of a change that is carried, of what it carries.
+        races: Ids of its own runs in pairs, in the order in which they were started.
+        seconds: Of slots, that its own runs took.
+    """
 
     candidate: Candidate
     created_at: float
@@ -154,9 +120,18 @@ class CandidateState:
     delta: float | None = None
     delta_se: float | None = None
     pairs: int = 0
+    p_better: float | None = None
+    gain: float | None = None
     judged_at: float = 0.0
     carried_by: str | None = None
     ratchet_commit: str | None = None
+    races: list[str] = field(default_factory=list[str])
+    seconds: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """The candidate's id."""
+        return self.candidate.proposal.id
 
 
 @dataclass(frozen=True)
@@ -176,10 +151,26 @@ class Lane:
         base: Id of the profile's first program, a candidate like the others.
         champion: Candidate whose tree is the ratchet's newest commit.
         champion_commit: That commit.
-        open: Candidates that still need something, oldest first.
-        fresh: Values of runs that were not selected for being good (baselines, pairs), by candidate.
+        open: Candidates that still need something, oldest first. Each is in at most one of the next four.
+        line: Those that wait for their first run.
+        racing: Those that passed it and are raced: the frontier, as far as what they are built on lives.
+        confirmed: Those that won against what they were built on and are not on the ratchet yet.
+        screened: Those whose first run has ended and is not judged.
+        splits: Parts of unions that fell short, to be tried by themselves.
+        due: Candidates of whom something new is known.
+        again: Trials that were lost, and are still wanted.
+        fresh: Values of runs that were not selected for being good (baselines, references, races), by candidate.
+        fresh_runs: Their trials, likewise, in the order in which they were started.
+        differences: Differences in the pairs of each race.
+        rivals: Runs of candidates in pairs, by the trial of the other side.
+        halves: Half-way values, by candidate.
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         refusals: Proposals that were refused since anything new was known of the profile.
+        unmerged: Wins that are in conflict with the champion.
+        wall_s: About how long a trial takes; None before one was measured.
+        started: Trials that were started.
+        repeats: Of these, references and baselines.
+        futile: Trials that were stopped at half of their budget, and the seconds that this saved.
         blocked: Why nothing can be run here, if so.
     """
 
@@ -187,17 +178,39 @@ class Lane:
     base: str
     champion: str
     champion_commit: str
+    futility: Futility
     wins: list[Win] = field(default_factory=list[Win])
     open: dict[str, None] = field(default_factory=dict[str, None])
+    line: dict[str, None] = field(default_factory=dict[str, None])
+    racing: dict[str, None] = field(default_factory=dict[str, None])
+    confirmed: dict[str, None] = field(default_factory=dict[str, None])
+    screened: dict[str, None] = field(default_factory=dict[str, None])
+    splits: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
+    due: dict[str, None] = field(default_factory=dict[str, None], compare=False)
+    again: dict[str, None] = field(default_factory=dict[str, None])
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
-    fresh: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
+    sources: set[str] = field(default_factory=set[str])
+    fresh: judge.Replicates = field(default_factory=judge.Replicates)
+    fresh_runs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    differences: judge.Replicates = field(default_factory=judge.Replicates)
+    prior: judge.Prior = field(default_factory=judge.Prior)
+    rivals: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    halves: judge.Replicates = field(default_factory=judge.Replicates)
+    tallies: dict[Arm, Tally] = field(default_factory=dict[Arm, Tally])
+    health: Health = field(default_factory=Health)
     screens: int = 0
     refusals: int = 0
+    unmerged: list[str] = field(default_factory=list[str])
+    wall_s: float | None = None
+    started: int = 0
+    repeats: int = 0
+    futile: int = 0
+    saved_s: float = 0.0
     blocked: str = ""
 
     def noise(self) -> judge.Noise | None:
         """σ of the profile from all its replicates."""
-        return judge.pooled_noise(self.fresh.values())
+        return self.fresh.noise()
 
 
 class Study:
@@ -215,13 +228,16 @@ class Study:
         self.running: dict[str, TrialState] = {}
         self.waiting: dict[str, Proposal] = {}  # proposed, not yet a commit
         self.refused: list[tuple[Proposal, str]] = []
+        self.aside: dict[str, SlotSetAside] = {}  # slots that get no trials
+        self.aside_at: dict[str, float] = {}
         self.proposals = 0
         self.proposed_at: dict[str, float] = {}
+        self.finished = 0
         self._by_commit: dict[str, str] = {}
 
     # ---- events in ----
 
-    def apply(self, record: Record) -> None:
+    def apply(self, record: Record) -> None:  # noqa: PLR0912 - one branch an event
         """Folds one event into the state.
 
         Raises:
@@ -230,24 +246,28 @@ class Study:
         if record.seq != self.seq + 1:
             raise InvalidTransition(f"event {record.seq} follows event {self.seq}; the journal has a gap")
         match record.event:
-            case SessionStarted() | SessionEnded():
-                self._session(record)
-            case ProfileAdded() as event:
-                self._add_profile(event, record.at)
-            case Proposed() as event:
-                self._propose(event.proposal, record.at)
-            case Refused() as event:
-                self._refuse(event)
-            case Materialised() as event:
-                self._materialise(event, record.at)
             case TrialStarted() as event:
                 self._start(event, record.at)
             case TrialFinished() as event:
                 self._finish(event, record.at)
+            case Proposed() as event:
+                self._propose(event.proposal, record.at)
+            case Materialised() as event:
+                self._materialise(event, record.at)
             case Judged() as event:
                 self._judged(event, record.at)
+            case Refused() as event:
+                self._refuse(event)
             case RatchetMoved() as event:
                 self._move(event, record.at)
+            case ProfileAdded() as event:
+                self._add_profile(event, record.at)
+            case SessionStarted() | SessionEnded():
+                self._session(record)
+            case SlotSetAside() as event:
+                self._set_aside(event, record.at)
+            case SlotRestored() as event:
+                self._restore(event)
         self.seq, self.last_at = record.seq, record.at
         if self.started_at is None:
             self.started_at = record.at
@@ -256,9 +276,13 @@ class Study:
         self.sessions.append(record)
         for state in self.running.values():  # its coordinator is gone, and the slots with it
             state.running = False
+            self.lane(state.trial.profile).again[state.trial.id] = None
         self.running.clear()
+        self.aside.clear()  # a new session looks at the slots anew
+        self.aside_at.clear()
         for lane in self.lanes.values():
             lane.refusals = 0
+            lane.health = Health()
 
     def _add_profile(self, event: ProfileAdded, at: float) -> None:
         slug = event.profile.slug
@@ -275,8 +299,10 @@ class Study:
         )
         candidate = Candidate(proposal=proposal, commit=event.commit, fingerprint=event.fingerprint)
         self.candidates[candidate.id] = CandidateState(candidate, at, verdict=Verdict.KEEP, ratchet_commit=event.commit)
-        self.lanes[slug] = Lane(event.profile, candidate.id, candidate.id, event.commit)
-        self.lanes[slug].fingerprints[event.fingerprint] = candidate.id
+        futility = Futility(self.settings.direction)
+        lane = Lane(event.profile, candidate.id, candidate.id, event.commit, futility)
+        self.lanes[slug] = lane
+        lane.fingerprints[event.fingerprint] = candidate.id
         # Two presets may be one tree and so one commit: a commit means a candidate only within its profile.
         self._by_commit[f"{slug}:{event.commit}"] = candidate.id
 
@@ -284,12 +310,15 @@ class Study:
         lane = self.lane(proposal.profile)
         if proposal.id in self.proposed_at:
             raise InvalidTransition(f"proposal {proposal.id} is in the study already")
-        if proposal.carries is None:
+        if not proposal.carries:
             lane.screens += 1
-        else:
-            carried = self._open(proposal.carries)
+        for carried in [self._open(name) for name in proposal.carries]:
             carried.carried_by = proposal.id
-            self._close(carried.candidate)
+            self._close(lane, carried.id)
+        if proposal.carries in lane.splits:
+            lane.splits.remove(proposal.carries)
+        if proposal.source:
+            lane.sources.add(proposal.source)
         self.proposals += 1
         self.waiting[proposal.id] = proposal
         self.proposed_at[proposal.id] = at
@@ -298,39 +327,76 @@ class Study:
         proposal = self._take_waiting(event.proposal_id)
         self.refused.append((proposal, event.reason))
         lane = self.lane(proposal.profile)
-        if proposal.carries is None or self.candidate(proposal.carries).verdict is None:
+        if len(proposal.carries) > 1:  # together they are no program: each part by itself may be
+            self._split(lane, proposal)
+        elif not proposal.carries or self.candidate(proposal.carries[0]).verdict is None:
             lane.screens -= 1
-        if proposal.carries is None:
+        if not proposal.carries:
             lane.refusals += 1
 
     def _materialise(self, event: Materialised, at: float) -> None:
         proposal = self._take_waiting(event.proposal_id)
-        candidate = Candidate(proposal, event.commit, event.fingerprint)
+        candidate = Candidate(proposal, event.commit, event.fingerprint, event.size)
         state = CandidateState(candidate, at)
-        if proposal.carries and self.candidate(proposal.carries).verdict is not None:
-            # The change has won already, if not there then before; only its merge with the new champion is unmeasured.
-            state.verdict, state.reason = Verdict.RETEST, f"confirmed as {proposal.carries} on an earlier champion"
-        self.candidates[candidate.id] = state
         lane = self.lane(candidate.profile)
+        self.candidates[candidate.id] = state
         lane.open[candidate.id] = None
+        carried = [self.candidate(name) for name in proposal.carries]
+        if carried and all(self.has_credit(one) for one in carried):
+            # Each change was better than something on the ratchet; only their merge with the champion is unmeasured.
+            state.verdict = Verdict.RETEST
+            state.reason = f"better as {' and '.join(proposal.carries)} on what it was built on"
+            state.gain = sum(one.gain or 0.0 for one in carried)
+            state.p_better = min(one.p_better or 0.0 for one in carried)
+            lane.racing[candidate.id] = None
+        else:
+            lane.line[candidate.id] = None
         lane.refusals = 0
         lane.fingerprints.setdefault(event.fingerprint, candidate.id)
         self._by_commit[f"{candidate.profile}:{event.commit}"] = candidate.id
+
+    def has_credit(self, state: CandidateState) -> bool:
+        """Whether a change need not be screened again when it is carried.
+
+        What was measured against a program that was on the ratchet keeps its credit; what was measured against a
+        frontier candidate that was refuted keeps it only when it was confirmed.
+        """
+        if self.settings.rules.greedy:
+            return False
+        if state.verdict is Verdict.KEEP:
+            return True
+        return state.verdict is Verdict.RETEST and self.built_on(state.candidate).ratchet_commit is not None
 
     def _take_waiting(self, proposal_id: str) -> Proposal:
         if proposal_id not in self.waiting:
             raise InvalidTransition(f"proposal {proposal_id} is not waiting; waiting: {', '.join(self.waiting) or '–'}")
         return self.waiting.pop(proposal_id)
 
+    # ---- trials ----
+
     def _start(self, event: TrialStarted, at: float) -> None:
         trial = event.trial
-        self.candidate(trial.candidate)
-        state = self.trials.get(trial.id)
-        if state is not None and (state.running or state.outcome is not None):
-            raise InvalidTransition(f"trial {trial.id} is started again; its last attempt: {state}")
-        losses = state.losses if state else 0
-        self.trials[trial.id] = TrialState(trial, event.attempt, event.slot, at, losses=losses)
-        self.running[trial.id] = self.trials[trial.id]
+        candidate = self.candidate(trial.candidate)
+        lane = self.lane(trial.profile)
+        before = self.trials.get(trial.id)
+        if before is not None and (before.running or before.outcome is not None):
+            raise InvalidTransition(f"trial {trial.id} is started again; its last attempt: {before}")
+        state = TrialState(trial, event.attempt, event.slot, at, losses=before.losses if before else 0)
+        self.trials[trial.id] = self.running[trial.id] = state
+        lane.again.pop(trial.id, None)
+        if before is not None:
+            return
+        lane.started += 1
+        lane.line.pop(trial.candidate, None)
+        if trial.purpose is Purpose.SCREEN:
+            return
+        lane.fresh_runs.setdefault(trial.candidate, []).append(trial.id)
+        if trial.purpose is Purpose.RACE:
+            candidate.races.append(trial.id)
+            if trial.rival is not None:
+                lane.rivals.setdefault(trial.rival, []).append(trial.id)
+        else:
+            lane.repeats += 1
 
     def _finish(self, event: TrialFinished, at: float) -> None:
         state = self.trials.get(event.trial_id)
@@ -341,30 +407,124 @@ class Study:
         state.running = False
         del self.running[event.trial_id]
         state.finished_at, state.reason, state.log_tail = at, event.reason, event.log_tail
-        if event.outcome is Outcome.CANCELLED:
-            return  # stopped by us: queued again, and not held against it
-        if event.outcome is Outcome.LOST:
-            state.losses += 1
-            if state.losses < self.settings.max_losses:
-                return
-        state.outcome = event.outcome
-        state.measurement = event.measurement if event.outcome is Outcome.MEASURED else None
+        state.losses += event.outcome is Outcome.LOST
         lane = self.lane(state.trial.profile)
+        stopped = event.outcome is Outcome.CANCELLED  # by us: queued again, and not held against it
+        if stopped or (event.outcome is Outcome.LOST and state.losses < self.settings.max_losses):
+            lane.again[event.trial_id] = None
+            return
+        state.outcome, state.halfway = event.outcome, event.halfway
+        state.measurement = event.measurement if event.outcome is Outcome.MEASURED else None
         lane.refusals = 0
-        if state.trial.purpose is Purpose.BASELINE and state.outcome is not Outcome.MEASURED:
-            lane.blocked = f"its baseline {state.trial.id} {state.outcome.value}: {event.reason}"
-        if state.measurement is not None and state.trial.purpose is not Purpose.SCREEN:
-            lane.fresh.setdefault(state.trial.candidate, []).append(state.measurement.value)
+        self.finished += 1
+        self._learn(lane, state, at)
+
+    def _learn(self, lane: Lane, state: TrialState, at: float) -> None:
+        """Takes in what an ended trial says."""
+        trial, seconds = state.trial, at - state.started_at
+        candidate = self.candidates[trial.candidate]
+        if trial.purpose in (Purpose.SCREEN, Purpose.RACE):
+            candidate.seconds += seconds
+        if state.measurement is not None:
+            lane.wall_s = seconds if lane.wall_s is None else (1 - RECENT) * lane.wall_s + RECENT * seconds
+            lane.health.add(state.slot, trial.id, trial.candidate, state.measurement)
+        elif state.outcome is Outcome.FUTILE:
+            lane.futile += 1
+            lane.saved_s += max(0.0, (lane.wall_s or 0.0) - seconds)
+        if trial.purpose is Purpose.SCREEN:
+            lane.screened[trial.candidate] = None
+            lane.due[trial.candidate] = None
+            self._learn_curve(lane, candidate, state)
+            return
+        if trial.purpose is Purpose.BASELINE and state.outcome is not Outcome.MEASURED:
+            lane.blocked = f"its baseline {trial.id} {state.outcome.value if state.outcome else ''}: {state.reason}"
+        if state.halfway is not None:
+            lane.halves.add(trial.candidate, state.halfway)
+        if state.value is not None:
+            lane.fresh.add(trial.candidate, state.value)
+        for race in (trial.id, *lane.rivals.get(trial.id, ())):
+            self._learn_pair(lane, race)
+        # whoever waits for a first fresh run of what it was built on
+        lane.due |= {name: None for name in lane.screened if self.built_on_id(name) == trial.candidate}
+
+    def _learn_curve(self, lane: Lane, candidate: CandidateState, state: TrialState) -> None:
+        base = self.built_on(candidate.candidate).id
+        half, final = lane.halves.mean(base), lane.fresh.mean(base)
+        if None not in (half, final, state.halfway, state.value):
+            assert half is not None
+            assert final is not None
+            assert state.halfway is not None
+            assert state.value is not None
+            lane.futility.add(state.halfway - half, state.value - final)
+
+    def _learn_pair(self, lane: Lane, race: str) -> None:
+        ours = self.trials.get(race)
+        if ours is None or ours.trial.purpose is not Purpose.RACE:
+            return
+        lane.due[ours.trial.candidate] = None
+        pair = self.pair_values(ours)
+        if pair is not None:
+            lane.differences.add(ours.trial.candidate, pair[0] - pair[1])
+
+    def pair_values(self, ours: TrialState) -> tuple[float, float] | None:
+        """Both sides of a pair, once both were measured."""
+        theirs = self.trials.get(ours.trial.rival or "")
+        if theirs is None or theirs.value is None or ours.value is None:
+            return None
+        return ours.value, theirs.value
+
+    # ---- verdicts ----
 
     def _judged(self, event: Judged, at: float) -> None:
         state = self._open(event.candidate)
-        if state.verdict is None and not self._begun(state):  # in conflict with a new champion before its turn came
-            self.lane(state.candidate.profile).screens -= 1
+        lane = self.lane(state.candidate.profile)
+        if event.candidate in lane.line:  # in conflict with a new champion before its turn came
+            lane.screens -= 1
+        elif not event.conflict:
+            self._learn_effect(lane, state, event)
+        won = state.verdict is Verdict.KEEP
         state.judged_at = at
         state.verdict, state.reason = event.verdict, event.reason
         state.delta, state.delta_se, state.pairs = event.delta, event.delta_se, event.pairs
-        if event.verdict is Verdict.DISCARD:
-            self._close(state.candidate)
+        state.p_better, state.gain = event.p_better, event.gain
+        for group in (lane.line, lane.racing, lane.confirmed, lane.screened, lane.due):
+            group.pop(event.candidate, None)
+        if event.verdict is Verdict.RETEST:
+            lane.racing[event.candidate] = None
+        elif event.verdict is Verdict.KEEP:
+            lane.confirmed[event.candidate] = None
+        else:
+            if won and event.conflict:
+                lane.unmerged.append(event.candidate)
+            self._close(lane, event.candidate)
+            if len(state.candidate.proposal.carries) > 1:
+                self._split(lane, state.candidate.proposal)
+            elif state.seconds > 0:
+                self._count_try(lane, state, None)
+
+    def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
+        """What the candidate's effect says of changes in general: once, when it is decided."""
+        proposal = state.candidate.proposal
+        known = self.judge(lane)
+        if event.verdict is Verdict.RETEST or known is None or proposal.carries or self.simplifies(state):
+            return
+        found = [self.screen_evidence(lane, state, known)]
+        pairs = self.race_pairs(state)
+        if pairs:
+            found.append(known.raced(pairs))
+        evidence = [one for one in found if one is not None]
+        if evidence:
+            lane.prior = lane.prior.learned(*evidence)
+
+    def _split(self, lane: Lane, union: Proposal) -> None:
+        """Opens the members of a union that fell short again, to be carried in two halves."""
+        for name in union.carries:
+            member = self.candidates[name]
+            member.carried_by = None
+            lane.open[name] = None
+            lane.confirmed[name] = None
+        middle = (len(union.carries) + 1) // 2
+        lane.splits += [part for part in (union.carries[:middle], union.carries[middle:]) if part]
 
     def _move(self, event: RatchetMoved, at: float) -> None:
         lane = self.lane(event.profile)
@@ -377,7 +537,57 @@ class Study:
         lane.wins.append(Win(event.candidate, event.commit, at))
         self._by_commit[f"{event.profile}:{event.commit}"] = event.candidate
         state.ratchet_commit = event.commit
-        self._close(state.candidate)
+        self._close(lane, event.candidate)
+        self._count_try(lane, state, state.gain or 0.0)
+
+    def _count_try(self, lane: Lane, state: CandidateState, gain: float | None) -> None:
+        """Counts for its arm what a proposal cost and gained; a union's gain is its members', in equal parts."""
+        roots = list(self.roots(state.candidate.proposal))
+        for root in roots:
+            arm = Arm(root.proposer, root.operator)
+            share = None if gain is None else gain / len(roots)
+            lane.tallies.update(bandit.tried(lane.tallies, arm, seconds=state.seconds / len(roots), gain=share))
+
+    def roots(self, proposal: Proposal) -> Iterator[Proposal]:
+        """The proposals as they were first made, of what is carried."""
+        if not proposal.carries:
+            yield proposal
+        for name in proposal.carries:
+            yield from self.roots(self.candidates[name].candidate.proposal)
+
+    # ---- slots ----
+
+    def _set_aside(self, event: SlotSetAside, at: float) -> None:
+        self.aside[event.slot], self.aside_at[event.slot] = event, at
+        lane = self.lane(event.profile)
+        lane.health.forget(event.slot)
+        for name in event.repeat:
+            self._disbelieve(lane, self.trials[name])
+
+    def _disbelieve(self, lane: Lane, state: TrialState) -> None:
+        """Takes back what a trial said: it is run again."""
+        trial = state.trial
+        if state.outcome is None:
+            return
+        if trial.purpose is not Purpose.SCREEN:
+            if state.halfway is not None:
+                lane.halves.remove(trial.candidate, state.halfway)
+            for race in (trial.id, *lane.rivals.get(trial.id, ())):
+                ours = self.trials[race]
+                pair = self.pair_values(ours) if ours.trial.purpose is Purpose.RACE else None
+                if pair is not None:
+                    lane.differences.remove(ours.trial.candidate, pair[0] - pair[1])
+            if state.value is not None:
+                lane.fresh.remove(trial.candidate, state.value)
+        lane.screened.pop(trial.candidate, None)
+        lane.due.pop(trial.candidate, None)
+        state.outcome = state.measurement = state.halfway = None
+        self.finished -= 1
+        lane.again[trial.id] = None
+
+    def _restore(self, event: SlotRestored) -> None:
+        self.aside.pop(event.slot, None)
+        self.aside_at.pop(event.slot, None)
 
     def _open(self, candidate_id: str) -> CandidateState:
         state = self.candidate(candidate_id)
@@ -385,8 +595,9 @@ class Study:
             raise InvalidTransition(f"candidate {candidate_id} is done with: {state}")
         return state
 
-    def _close(self, candidate: Candidate) -> None:
-        self.lane(candidate.profile).open.pop(candidate.id, None)
+    def _close(self, lane: Lane, candidate_id: str) -> None:
+        for group in (lane.open, lane.line, lane.racing, lane.confirmed, lane.screened, lane.due):
+            group.pop(candidate_id, None)
 
     # ---- questions ----
 
@@ -406,256 +617,94 @@ class Study:
         """The candidate that `candidate`'s base commit is the tree of."""
         return self.candidate(self._by_commit[f"{candidate.profile}:{candidate.proposal.base}"])
 
+    def built_on_id(self, candidate_id: str) -> str:
+        """Id of the candidate that a candidate was built on."""
+        candidate = self.candidates[candidate_id].candidate
+        return self._by_commit[f"{candidate.profile}:{candidate.proposal.base}"]
+
+    def lives(self, lane: Lane, candidate_id: str) -> bool:
+        """Whether it may be built upon: the champion, or a candidate on the way to it."""
+        while candidate_id != lane.champion:
+            if candidate_id not in lane.racing and candidate_id not in lane.confirmed:
+                return False
+            candidate_id = self.built_on_id(candidate_id)
+        return True
+
+    def head(self, lane: Lane) -> CandidateState:
+        """What new proposals are built on: the champion, or the frontier candidate that promises most beyond it."""
+        best, most = lane.champion, 0.0
+        if self.settings.frontier and not self.settings.rules.greedy:
+            for name in (*lane.racing, *lane.confirmed):
+                promised = self._promised(lane, name)
+                if promised > most:
+                    best, most = name, promised
+        return self.candidates[best]
+
+    def _promised(self, lane: Lane, candidate_id: str) -> float:
+        """What a frontier candidate is worth beyond the champion, 0 if it may not be built upon."""
+        promised = 0.0
+        while candidate_id != lane.champion:
+            state = self.candidates[candidate_id]
+            if candidate_id not in lane.racing and candidate_id not in lane.confirmed:
+                return 0.0
+            if (state.p_better or 0.0) < self.settings.rules.frontier_probability:
+                return 0.0
+            promised += state.gain or 0.0
+            candidate_id = self.built_on_id(candidate_id)
+        return promised
+
+    def judge(self, lane: Lane) -> judge.Judge | None:
+        """The profile's judge; None before the baseline has shown its noise."""
+        noise = lane.noise()
+        if noise is None or not self.baseline_done(lane):
+            return None
+        paired = judge.pair_noise(noise, lane.differences.noise())
+        return judge.Judge(noise, paired, lane.prior, self.settings.direction, self.settings.rules)
+
+    def simplifies(self, state: CandidateState) -> bool:
+        """Whether a candidate only has to be no worse: it was made to be smaller, and is."""
+        candidate = state.candidate
+        if candidate.proposal.operator not in (Operator.SIMPLIFY, Operator.ABLATE):
+            return False
+        return 0 < candidate.size < self.built_on(candidate).candidate.size
+
+    def screen_evidence(self, lane: Lane, state: CandidateState, known: judge.Judge) -> judge.Evidence | None:
+        """What a candidate's first run said against what it was built on."""
+        screened = self.trials.get(screen_id(state.id))
+        base_values = lane.fresh.values(self.built_on_id(state.id))
+        if screened is None or screened.value is None or not base_values:
+            return None
+        return known.screened(screened.value, base_values)
+
+    def race_pairs(self, state: CandidateState) -> list[tuple[float, float]]:
+        """The pairs of a candidate's race that were measured on both sides."""
+        found = [self.pair_values(self.trials[name]) for name in state.races]
+        return [pair for pair in found if pair is not None]
+
+    def baseline_done(self, lane: Lane) -> bool:
+        """Whether all runs of the profile's first program were measured."""
+        return all(
+            (run := self.trials.get(baseline_id(lane.base, number))) is not None and run.outcome is Outcome.MEASURED
+            for number in range(1, self.settings.baseline_runs + 1)
+        )
+
     def value(self, candidate_id: str) -> float | None:
         """Best estimate of a candidate's metric: mean of its fresh runs, else of its screening run, else None."""
         lane = self.lane(self.candidate(candidate_id).candidate.profile)
-        fresh = lane.fresh.get(candidate_id)
-        if fresh:
-            return sum(fresh) / len(fresh)
+        fresh = lane.fresh.mean(candidate_id)
+        if fresh is not None:
+            return fresh
         screened = self.trials.get(screen_id(candidate_id))
-        return screened.measurement.value if screened and screened.measurement else None
-
-    def queued(self) -> dict[str, list[Trial]]:
-        """Trials that wait for a slot, by profile, in the order in which they get one."""
-        return {slug: list(self._queued(lane)) for slug, lane in self.lanes.items()}
+        return screened.value if screened else None
 
     def holdout(self, candidate_id: str) -> float | None:
         """A candidate's metric on the second held-out split, where one of its runs measured it."""
-        own = [race_id(candidate_id, pair) for pair in range(1, self.candidate(candidate_id).pairs + 1)]
-        for trial_id in (*own, f"{candidate_id}-1"):
-            run = self.trials.get(trial_id)
-            if run and run.measurement and run.measurement.holdout is not None:
-                return run.measurement.holdout
+        lane = self.lane(self.candidate(candidate_id).candidate.profile)
+        for trial_id in lane.fresh_runs.get(candidate_id, ()):
+            measured = self.trials[trial_id].measurement
+            if measured and measured.holdout is not None:
+                return measured.holdout
         return None
-
-    # ---- commands out ----
-
-    def next_commands(
-        self, slots: Sequence[Slot], *, asking: Mapping[str, int], accepting: bool = True, draining: bool = False
-    ) -> list[Command]:
-        """What to do now.
-
-        Args:
-            slots: All slots that are there, busy ones included.
-            asking: Proposals that were asked for and have not come, by profile; such a profile is not asked for again.
-            accepting: False when no further proposal is wanted (a time limit has passed).
-            draining: Start nothing; finish when the runs in flight have.
-
-        Returns:
-            Commands in the order in which to perform them. Decisions on the state come first and alone, since each
-            of them changes what follows. Carrying is one at a time, behind what can be started without it: it takes
-            a tenth of a second, and no slot should wait for the second change when the first is ready.
-        """
-        decisions = self._decisions()
-        if decisions:
-            return decisions
-        if draining:
-            return [] if self.running else [Finish("stopped: the runs in flight have ended")]
-        busy = {state.slot for state in self.running.values()}
-        free = [slot for slot in slots if slot.id not in busy]
-        queued = self.queued()
-        commands: list[Command] = []
-        for trial, slot in schedule.assign((trial for trials in queued.values() for trial in trials), free):
-            previous = self.trials.get(trial.id)
-            commands.append(StartTrial(trial, previous.attempt + 1 if previous else 1, slot.id))
-        carry = self._carry()
-        if carry is not None:
-            return [*commands, carry]
-        if accepting:
-            commands += self._asks(slots, free, queued, asking)
-        served = [self.lanes[slug] for slug in dict.fromkeys(slot.profile for slot in slots)]
-        waiting = any(queued[lane.profile.slug] or asking.get(lane.profile.slug) for lane in served)
-        if not commands and not self.running and served and not waiting:
-            commands += self._ending(served, accepting)
-        return commands
-
-    def _decisions(self) -> list[Command]:
-        commands: list[Command] = [Materialise(proposal) for proposal in self.waiting.values()]
-        for lane in self.lanes.values():
-            states = [self.candidates[candidate_id] for candidate_id in lane.open]
-            winner = next((s for s in states if s.verdict is Verdict.KEEP and not self._stale(lane, s)), None)
-            if winner is not None:  # alone: whatever else was confirmed here is carried onto it afterwards
-                commands.append(MoveRatchet(lane.profile.slug, winner.candidate, lane.champion_commit))
-                continue
-            for state in states:
-                if self._outdated(lane, state):
-                    continue
-                event = self._verdict(lane, state)
-                if event is not None:
-                    commands.append(Conclude(event))
-        return commands
-
-    def _carry(self) -> Carry | None:
-        """The oldest change that has to be put onto a newer champion before anything else is done with it."""
-        for lane in self.lanes.values():
-            for candidate_id in lane.open:
-                state = self.candidates[candidate_id]
-                if self._outdated(lane, state):
-                    return Carry(state.candidate, lane.champion_commit)
-        return None
-
-    def _outdated(self, lane: Lane, state: CandidateState) -> bool:
-        return self._stale(lane, state) and (state.verdict is Verdict.KEEP or not self._begun(state))
-
-    def _stale(self, lane: Lane, state: CandidateState) -> bool:
-        return state.candidate.proposal.base != lane.champion_commit
-
-    def _begun(self, state: CandidateState) -> bool:
-        """Whether anything of the candidate was run: then it is judged against what it was built on."""
-        own = state.candidate.id
-        return any(trial in self.trials for trial in (screen_id(own), race_id(own, 1), reference_id(own, 1)))
-
-    def _verdict(self, lane: Lane, state: CandidateState) -> Judged | None:
-        noise = lane.noise()
-        if not self._baseline_done(lane) or noise is None:
-            return None
-        if state.verdict is None:
-            return self._screen_verdict(lane, state, noise)
-        return self._race_verdict(state, noise)
-
-    def _screen_verdict(self, lane: Lane, state: CandidateState, noise: judge.Noise) -> Judged | None:
-        trial = self.trials.get(screen_id(state.candidate.id))
-        if trial is None or trial.outcome is None:
-            return None
-        if trial.measurement is None:
-            return Judged(state.candidate.id, Verdict.DISCARD, f"{trial.outcome.value}: {trial.reason}")
-        base_values = lane.fresh[self.built_on(state.candidate).candidate.id]
-        found = judge.screen(trial.measurement.value, base_values, noise, self.settings.direction, self.settings.rules)
-        return Judged(state.candidate.id, found.verdict, found.reason, found.delta, found.delta_se)
-
-    def _race_verdict(self, state: CandidateState, noise: judge.Noise) -> Judged | None:
-        pairs: list[tuple[float, float]] = []
-        for pair in self._pairs(state.candidate):
-            for trial in pair:
-                run = self.trials.get(trial.id)
-                if run is None or run.outcome is None:
-                    return None
-                if run.measurement is None:
-                    who = "its re-run" if trial.purpose is Purpose.RACE else "the re-run of the program it was built on"
-                    reason = f"{who} {run.outcome.value}: {run.reason}"
-                    return Judged(state.candidate.id, Verdict.DISCARD, reason)
-            ours, theirs = (self.trials[trial.id].measurement for trial in pair)
-            assert ours is not None
-            assert theirs is not None
-            pairs.append((ours.value, theirs.value))
-        found = judge.race(pairs, noise, self.settings.direction, self.settings.rules)
-        return Judged(state.candidate.id, found.verdict, found.reason, found.delta, found.delta_se, pairs=len(pairs))
-
-    def _pairs(self, candidate: Candidate) -> list[tuple[Trial, Trial]]:
-        """The pairs that the race has or needs now: one more than were judged."""
-        base = self.built_on(candidate)
-        number = candidate_number(candidate.id)
-        pairs: list[tuple[Trial, Trial]] = []
-        for pair in range(1, self.candidates[candidate.id].pairs + 2):
-            seed = number * SEEDS_A_CANDIDATE + pair
-            ours = Trial(
-                id=race_id(candidate.id, pair),
-                candidate=candidate.id,
-                profile=candidate.profile,
-                commit=candidate.commit,
-                purpose=Purpose.RACE,
-                seed=seed,
-                rival=candidate.id,
-                pair=pair,
-                holdout=True,
-            )
-            theirs = Trial(
-                id=reference_id(candidate.id, pair),
-                candidate=base.candidate.id,
-                profile=candidate.profile,
-                commit=base.candidate.commit,
-                purpose=Purpose.REFERENCE,
-                seed=seed,
-                rival=candidate.id,
-                pair=pair,
-            )
-            pairs.append((ours, theirs))
-        return pairs
-
-    def _baseline(self, lane: Lane) -> list[Trial]:
-        commit = self.candidates[lane.base].candidate.commit
-        return [
-            Trial(
-                id=f"{lane.base}-{run}",
-                candidate=lane.base,
-                profile=lane.profile.slug,
-                commit=commit,
-                purpose=Purpose.BASELINE,
-                seed=run,
-                holdout=run == 1,
-            )
-            for run in range(1, self.settings.baseline_runs + 1)
-        ]
-
-    def _baseline_done(self, lane: Lane) -> bool:
-        return all(
-            (run := self.trials.get(trial.id)) is not None and run.outcome is Outcome.MEASURED
-            for trial in self._baseline(lane)
-        )
-
-    def _queued(self, lane: Lane) -> Iterable[Trial]:
-        """Trials that wait for a slot: baselines, then pairs, then first runs."""
-        if lane.blocked:
-            return
-        wanted = [] if self._baseline_done(lane) else self._baseline(lane)
-        states = [state for name in lane.open if not self._outdated(lane, state := self.candidates[name])]
-        for state in states:
-            if state.verdict is Verdict.RETEST:
-                wanted += [trial for pair in self._pairs(state.candidate) for trial in pair]
-        wanted += [self._screen(state.candidate) for state in states if state.verdict is None]
-        for trial in wanted:
-            run = self.trials.get(trial.id)
-            if run is None or (not run.running and run.outcome is None):
-                yield trial
-
-    def _screen(self, candidate: Candidate) -> Trial:
-        return Trial(
-            id=screen_id(candidate.id),
-            candidate=candidate.id,
-            profile=candidate.profile,
-            commit=candidate.commit,
-            purpose=Purpose.SCREEN,
-            seed=candidate_number(candidate.id) * SEEDS_A_CANDIDATE,
-        )
-
-    def _asks(
-        self,
-        slots: Sequence[Slot],
-        free: Sequence[Slot],
-        queued: Mapping[str, Sequence[Trial]],
-        asking: Mapping[str, int],
-    ) -> list[Command]:
-        """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next."""
-        commands: list[Command] = []
-        for slug, lane in self.lanes.items():
-            present = sum(slot.profile == slug for slot in slots)
-            if asking.get(slug) or not present:
-                continue
-            if lane.blocked or lane.refusals >= MOST_REFUSALS:
-                continue
-            idle = sum(slot.profile == slug for slot in free)
-            count = idle + present - len(queued[slug])
-            if self.settings.max_trials is not None:
-                count = min(count, self.settings.max_trials - lane.screens)
-            if count > 0:
-                commands.append(Ask(slug, count))
-        return commands
-
-    def _ending(self, served: Sequence[Lane], accepting: bool) -> list[Command]:
-        """Whether the search is over, as far as the profiles that have slots go."""
-        if all(lane.blocked for lane in served):
-            return [Finish("; ".join(f"{lane.profile.slug} is blocked, {lane.blocked}" for lane in served))]
-        if not accepting:
-            return [Finish("the time limit has passed")]
-        limit = self.settings.max_trials
-        if limit is not None and all(lane.screens >= limit or lane.blocked for lane in served):
-            return [Finish(f"all {limit} trials are done")]
-        stuck = [lane for lane in served if lane.refusals >= MOST_REFUSALS]
-        if stuck and all(lane in stuck or lane.blocked or (limit and lane.screens >= limit) for lane in served):
-            slug = stuck[0].profile.slug
-            reason = next(reason for proposal, reason in reversed(self.refused) if proposal.profile == slug)
-            return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
-        return []
 
 
 def screen_id(candidate_id: str) -> str:
@@ -668,9 +717,14 @@ def race_id(candidate_id: str, pair: int) -> str:
     return f"{candidate_id}-pair{pair}"
 
 
-def reference_id(candidate_id: str, pair: int) -> str:
-    """Id of the other trial in the n-th pair."""
-    return f"{candidate_id}-pair{pair}-reference"
+def reference_id(candidate_id: str, number: int) -> str:
+    """Id of the n-th run of a program that others are compared with."""
+    return f"{candidate_id}-reference{number}"
+
+
+def baseline_id(candidate_id: str, number: int) -> str:
+    """Id of the n-th run of a profile's first program."""
+    return f"{candidate_id}-{number}"
 
 
 def candidate_id(number: int) -> str:

@@ -151,7 +151,7 @@ def lines(study: Study, done: Iterable[TrialState] | None = None) -> list[Line]:
     heard: dict[str, float] = {}
     for run in finished(study) if done is None else done:
         trial = run.trial
-        about = trial.rival or trial.candidate
+        about = trial.candidate
         heard[about] = run.finished_at or 0.0
         if trial.purpose is not Purpose.REFERENCE:
             runs.setdefault(trial.candidate, []).append(run)
@@ -181,7 +181,7 @@ def standing(study: Study, slug: str) -> Standing:
     lane = study.lane(slug)
     noise = lane.noise()
     baseline, value = study.value(lane.base), study.value(lane.champion)
-    baseline_runs, runs = len(lane.fresh.get(lane.base, [])), len(lane.fresh.get(lane.champion, []))
+    baseline_runs, runs = len(lane.fresh.values(lane.base)), len(lane.fresh.values(lane.champion))
     delta = delta_se = None
     if lane.champion != lane.base and baseline is not None and value is not None:
         delta = value - baseline
@@ -290,16 +290,16 @@ def proposers(study: Study) -> list[ProposerTally]:
     tallies: dict[str, ProposerTally] = {}
     raced = {run.trial.candidate for run in study.trials.values() if run.trial.purpose is Purpose.RACE}
     for proposal in study.waiting.values():
-        if proposal.carries is None:
+        if not proposal.carries:
             tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer)).proposals += 1
     for proposal, _ in study.refused:
-        if proposal.carries is None:
+        if not proposal.carries:
             tally = tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer))
             tally.proposals += 1
             tally.refused += 1
     for name, state in study.candidates.items():
         proposal = state.candidate.proposal
-        if name in bases or proposal.carries is not None:
+        if name in bases or proposal.carries:
             continue
         tally = tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer))
         tally.proposals += 1

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from raysearch import study as studies
+from raysearch import plan
 from raysearch.model import (
     Event,
     Materialised,
@@ -203,8 +203,8 @@ class Simulation:
         """
         while True:
             draining = self.history.at - START >= drain_after_s
-            commands = self.history.study.next_commands(self.slots, asking={}, draining=draining)
-            if any(isinstance(command, studies.Finish) for command in commands):
+            commands = plan.next_commands(self.history.study, self.slots, asking={}, draining=draining)
+            if any(isinstance(command, plan.Finish) for command in commands):
                 return True
             before = self.history.study.seq
             for command in commands:
@@ -226,47 +226,49 @@ class Simulation:
         self.history.at += away_s
         self.history.start(*self.hardware.values())
 
-    def _perform(self, command: studies.Command) -> None:
+    def _perform(self, command: plan.Command) -> None:
         match command:
-            case studies.Ask(slug, count):
+            case plan.Ask(slug, _, count, base):
                 for _ in range(count):
-                    self._propose(slug)
-            case studies.Materialise(proposal):
+                    self._propose(slug, base)
+            case plan.Materialise(proposal):
                 self._materialise(proposal)
-            case studies.Conclude(event):
+            case plan.Conclude(event):
                 self.history.add(event, 0.01)
-            case studies.MoveRatchet(slug, candidate, expected):
+            case plan.MoveRatchet(slug, candidate, expected):
                 self.history.add(RatchetMoved(slug, candidate.id, candidate.commit, expected), 0.01)
-            case studies.Carry(candidate, onto):
-                self._carry(candidate.proposal, onto)
-            case studies.StartTrial(trial, attempt, slot):
+            case plan.Carry(candidates, onto):
+                self._carry([candidate.proposal for candidate in candidates], onto)
+            case plan.StartTrial(trial, attempt, slot):
                 self.history.add(TrialStarted(trial, attempt, slot), 0.02)
                 self.ends[trial.id] = self.history.at + self._seconds(trial)
-            case studies.Finish():
+            case plan.Finish():
                 pass
 
-    def _propose(self, slug: str) -> None:
+    def _propose(self, slug: str, base: str) -> None:
         idea = next(self.ideas.get(slug, iter(())), None)
         if idea is None:
             return
         name = candidate_id(self.history.study.proposals + 1)
-        base = self.history.study.lane(slug).champion_commit
         self.idea_of[name] = idea
         proposal = Proposal(name, slug, base, "", idea.operator, idea.hypothesis, idea.proposer)
         self.history.add(Proposed(proposal), 0.05)
 
-    def _carry(self, proposal: Proposal, onto: str) -> None:
+    def _carry(self, proposals: Sequence[Proposal], onto: str) -> None:
         name = candidate_id(self.history.study.proposals + 1)
-        self.idea_of[name] = self.idea_of[proposal.id]
+        first = proposals[0]
+        self.idea_of[name] = replace(
+            self.idea_of[first.id], effect=sum(self.idea_of[proposal.id].effect for proposal in proposals)
+        )
         carried = Proposal(
             name,
-            proposal.profile,
+            first.profile,
             onto,
             "",
             Operator.COMBINE,
-            proposal.hypothesis,
-            proposal.proposer,
-            carries=proposal.id,
+            " + ".join(proposal.hypothesis for proposal in proposals),
+            first.proposer,
+            carries=tuple(proposal.id for proposal in proposals),
         )
         self.history.add(Proposed(carried), 0.01)
 

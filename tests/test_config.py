@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raysearch import folder as folders
-from raysearch.config import StudyConfig, load_config, parse_config, write_config
+from raysearch.config import MOST_RUNS, StudyConfig, load_config, parse_config, write_config
 from raysearch.errors import UserError
 from raysearch.folder import Folder
 from raysearch.model import Direction
 from raysearch.objective import TRAINER
-from raysearch.study import SEEDS_A_CANDIDATE
 
 COMMAND = {"kind": "command", "command": ["{python}", "score.py", "--seed", "{seed}"], "metric": "score"}
 
@@ -40,13 +39,23 @@ def test_defaults_are_written_out_and_read_back(tmp_path: Path):
     assert load_config(path) == config
     table = tomllib.loads(path.read_text())
     assert table["judge"] == {
+        "rule": "race",
         "baseline_runs": 3,
-        "screen_probability": 0.9,
-        "keep_probability": 0.95,
+        "noise_share": 0.05,
+        "screen_probability": 0.3,
+        "frontier_probability": 0.8,
+        "keep_probability": 0.9,
         "drop_probability": 0.25,
-        "max_pairs": 1,
+        "max_pairs": 5,
+        "simplify_margin": 1.0,
     }
-    assert table["search"] == {"searcher": "optuna", "seed": 0}
+    assert table["search"] == {
+        "searcher": "optuna",
+        "seed": 0,
+        "proposers": ["tune", "ablate", "simplify", "transfer", "combine"],
+        "frontier": True,
+        "futility": True,
+    }
     assert [file.name for file in tmp_path.iterdir()] == ["study.toml"]
 
 
@@ -105,8 +114,8 @@ def test_settings_and_objective_are_what_the_file_says():
         ("[judges]\nmax_pairs = 2", "judges", "search, judge, slots"),
         ("[objective]\nmetrics = 'x'", "objective.metrics", "kind, editable, protected, command, metric, direction"),
         ("[budget]\nminutes = 5", "budget.minutes", "known here: seconds, tokens;"),
-        ("[search]\nproposer = 'x'", "search.proposer", "known here: searcher, seed;"),
-        ("[judge]\nbaselineruns = 3", "judge.baselineruns", "known here: baseline_runs, screen_probability"),
+        ("[search]\nproposer = 'x'", "search.proposer", "known here: searcher, seed, proposers"),
+        ("[judge]\nbaselineruns = 3", "judge.baselineruns", "known here: rule, baseline_runs"),
         ("[slots]\ngpus = 1", "slots.gpus", "known here: device, cpu_slots, threads, niceness;"),
     ],
 )
@@ -135,7 +144,7 @@ def test_an_unknown_key_is_named_with_those_that_are_known_in_its_place(text: st
         ("[budget]\nseconds = 5\ntokens = 5", "budget: a budget is in seconds or in tokens, not in both; drop one"),
         ("[judge]\nbaseline_runs = 1", "judge.baseline_runs = 1: input should be greater than or equal to 2"),
         ("[judge]\nkeep_probability = 1", "judge.keep_probability = 1: input should be less than 1"),
-        ("[judge]\nscreen_probability = 0.4", "judge.screen_probability = 0.4: input should be greater than or"),
+        ("[judge]\nkeep_probability = 0.4", "judge.keep_probability = 0.4: input should be greater than or"),
         ("[judge]\ndrop_probability = 0.6", "judge.drop_probability = 0.6: input should be less than or equal to 0.5"),
         ("[judge]\nmax_pairs = 0", "judge.max_pairs = 0: input should be greater than or equal to 1"),
         ("[slots]\ndevice = 'tpu'", "slots.device = 'tpu': input should be 'auto', 'cuda' or 'cpu'"),
@@ -177,8 +186,8 @@ def test_an_objective_of_ones_own_is_checked(keys: dict[str, Any], said: str):
 
 def test_pairs_and_baselines_cannot_run_into_the_seeds_of_the_next_candidate():
     for key in ("max_pairs", "baseline_runs"):
-        assert f"less than {SEEDS_A_CANDIDATE}" in refusal(f"[judge]\n{key} = {SEEDS_A_CANDIDATE}")
-        parse(f"[judge]\n{key} = {SEEDS_A_CANDIDATE - 1}")
+        assert f"less than {MOST_RUNS}" in refusal(f"[judge]\n{key} = {MOST_RUNS}")
+        parse(f"[judge]\n{key} = {MOST_RUNS - 1}")
 
 
 def test_a_name_is_needed():

@@ -109,9 +109,9 @@ def test_a_failed_trial_shows_its_reason_and_the_last_line_of_its_log(lines: lis
     assert line.endswith("exit code 1; last line: NameError: name 'gelu2' is not defined")
 
 
-def test_a_move_of_the_ratchet_says_how_much_better_it_is(lines: list[str]) -> None:
+def test_a_move_of_the_ratchet_says_how_much_better_it_is(lines: list[str], study: Study) -> None:
     moves = [line for line in lines if " ratchet cpu moved to " in line]
-    assert len(moves) == 4
+    assert len(moves) == len(study.lane("cpu").wins) >= 3
     assert all(re.search(r"val_bpb \d\.\d{4}, 0\.\d{4} better than the baseline: ", line) for line in moves)
 
 
@@ -180,7 +180,7 @@ def test_the_view_fits_a_terminal_of_80_by_24_with_all_its_parts(study: Study) -
     assert max(cell_len(line) for line in lines) <= 80
     assert [line.split()[0] for line in lines if "──" in line] == ["slots", "champions", "last"]
     assert lines[0].startswith("raysearch demo  val_bpb, lower is better")
-    assert lines[0].endswith("11:31")
+    assert re.search(r" 11:\d\d$", lines[0])
     assert lead(study) in lines
     assert re.search(r"^candidates \d+ of 200 · trials \d+ · queued \d · refused 1$", text, re.M)
     assert "Ctrl-C drains" in lines[-1]
@@ -202,8 +202,8 @@ def test_the_last_trials_show_verdict_delta_and_hypothesis_newest_first(study: S
     start = next(place for place, line in enumerate(lines) if line.startswith("last trials"))
     shown = lines[start + 1 : -2]
     states = [study.candidate(line.split()[0]) for line in shown]
-    judged = [state.judged_at for state in states if state.judged_at is not None]
-    assert judged == sorted(judged, reverse=True)
+    newest_first = [line.state.id for line in reversed(tally.lines(study)) if line.runs]
+    assert [state.id for state in states] == newest_first[: len(states)]
     discarded = [(state, line) for state, line in zip(states, shown, strict=True) if " discard " in line]
     assert len(discarded) > 5
     for state, line in discarded:

@@ -83,7 +83,8 @@ def test_killed_at_any_event_nothing_finished_is_lost_and_nothing_counts_twice(t
         assert finished <= now_finished
         finished = now_finished
     assert kills > 10
-    assert sum(len(values) for values in toy.study.lanes["cpu"].fresh.values()) == len(
+    fresh = toy.study.lanes["cpu"].fresh
+    assert sum(len(fresh.values(name)) for name in toy.study.candidates) == len(
         [s for s in toy.study.trials.values() if s.outcome is Outcome.MEASURED and s.trial.purpose.value != "screen"]
     )
     audit(toy)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PURE = {"errors", "model", "judge", "schedule", "study", "knobs", "patches", "wording", "tally"}
-TOP = {"coordinator", "run"}
+PURE = {
+    *("errors", "model", "wording", "knobs", "patches"),
+    *("judge", "futility", "health", "bandit", "duplicates", "study", "schedule", "plan", "tally"),
+}
+TOP = {"coordinator", "run", "simulate"}
 # what each adapter may import of the package beside the pure modules
 ALLOWED: dict[str, set[str]] = {
     "objective": set(),
@@ -26,9 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"objective"},
     "proposers": set(),
     "proposers.tune": {"proposers"},
+    "proposers.moves": {"proposers"},
+    **{f"proposers.{name}": {"proposers", "proposers.moves"} for name in ("ablate", "simplify", "transfer", "combine")},
     "proposers.inbox": {"proposers"},
     "asker": {"proposers"},
     "executors": {"data", "profile", "runner"},
+    "executors.surrogate": {"profile"},
+    "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
     "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers"},
     "folder": {"config", "journal", "ratchet"},
 }

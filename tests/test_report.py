@@ -15,7 +15,7 @@ import pytest
 from histories import CPU, CPU_IDEAS, GPU, History, Idea, Simulation, realistic
 from PIL import Image
 
-from raysearch import report, tally
+from raysearch import report, schedule, tally
 from raysearch.model import Direction, Outcome, Purpose, Trial, TrialFinished, TrialStarted, Verdict
 from raysearch.study import Settings, Study
 from raysearch.tally import Fate
@@ -102,8 +102,9 @@ def test_a_confirmed_candidate_that_was_carried_says_by_which(study: Study) -> N
     carried = [row for row in rows_of(study) if row["carried_by"]]
     assert carried
     for row in carried:
-        assert (row["status"], row["verdict"]) == ("discard", "keep")
-        assert study.candidate(row["carried_by"]).candidate.proposal.carries == row["candidate"]
+        assert row["status"] == "discard"
+        assert row["verdict"] in ("keep", "retest")
+        assert row["candidate"] in study.candidate(row["carried_by"]).candidate.proposal.carries
 
 
 def test_a_failed_candidate_says_how_and_why(study: Study) -> None:
@@ -207,7 +208,7 @@ def test_an_idea_that_was_carried_is_one_proposal_and_one_win_of_its_proposer(st
     assert found["inbox"].proposals == 2
     assert found["inbox"].confirmed == 1
     assert all(one.confirmed <= one.screened <= one.proposals - one.refused for one in found.values())
-    not_carried = [state for state in study.candidates.values() if state.candidate.proposal.carries is None]
+    not_carried = [state for state in study.candidates.values() if not state.candidate.proposal.carries]
     asked = len(not_carried) - len(study.lanes) + len(study.refused) + len(study.waiting)
     assert sum(one.proposals for one in found.values()) == asked
 
@@ -314,7 +315,7 @@ def test_the_status_is_json_and_tells_champion_noise_queue_and_runs(study: Study
     assert cpu["delta"] is not None
     assert cpu["gain"] == -cpu["delta"] > 0
     assert {run["trial"] for run in found["running_trials"]} == set(study.running)
-    assert found["queued"] == sum(len(trials) for trials in study.queued().values())
+    assert found["queued"] == sum(schedule.queue_length(study, lane) for lane in study.lanes.values())
     assert found["candidates_tried"] <= found["trials_finished"]
     assert found["last_verdicts"][-1]["verdict"] in [verdict.value for verdict in Verdict]
 
@@ -323,7 +324,7 @@ def test_the_status_text_tells_a_run_in_flight_from_one_that_was_lost(study: Stu
     at = study.last_at + 5
     running = report.status_text(report.status(study, name="demo", metric="val_bpb", now=at, running=True))
     assert "demo: running, last event 0:05 ago" in running
-    assert "better than the baseline after 4 wins" in running
+    assert f"better than the baseline after {len(study.lane('cpu').wins)} wins" in running
     stopped = report.status_text(report.status(study, name="demo", metric="val_bpb", now=at, running=False))
     assert "not running" in stopped
     assert "will be run again" in stopped

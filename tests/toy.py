@@ -10,11 +10,12 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from raysearch import folder as folders
+from raysearch.asker import Asker
 from raysearch.config import StudyConfig, parse_config
 from raysearch.console import Console
 from raysearch.coordinator import Coordinator, Session
@@ -189,7 +190,9 @@ class Toy:
             folders.make(self.folder, config, {"train.py": self.program}, at=self.clock())
         journal = journal_type(self.folder.journal, writer=True)
         try:
+            proposer = self.proposer or TuneProposer(seed=1)
             self.study = folders.replay(config, journal, max_trials=trials)
+            self.study.settings = replace(self.study.settings, proposers=(proposer.name,))
             repo = Ratchet.open(self.folder.repo)
             folders.check_ratchets(self.study, repo, self.folder)
             self.executor = ToyExecutor(self.clock, self.hardware, self.behaviour)
@@ -208,7 +211,7 @@ class Toy:
                 journal=journal,
                 repo=repo,
                 executor=self.executor,
-                proposer=self.proposer or TuneProposer(seed=1),
+                askers=[Asker(proposer, self.clock)],
                 console=Console(self.study, name="toy", metric="score", stream=io.StringIO()),
                 session=Session("toy", "session"),
                 clock=self.clock,
@@ -247,4 +250,4 @@ def audit(toy: Toy) -> None:
             assert repo.changed(candidate.commit, win.commit) == []
             assert study.trials[f"{win.candidate}-pair1"].measurement is not None
             # judged against exactly what it stands on
-            assert repo.parents(win.commit)[0] == candidate.proposal.base
+            assert repo.changed(repo.parents(win.commit)[0], candidate.proposal.base) == []

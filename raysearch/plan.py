@@ -1,0 +1,381 @@
+"""What to do next: reads the state of a study and the slots, and says it in commands. It performs nothing.
+
+Which trial goes to which slot is `schedule`'s business; here are verdicts, moves, merges, questions and the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raysearch import judge, schedule
+from raysearch.model import (
+    Candidate,
+    Event,
+    Judged,
+    Proposal,
+    Purpose,
+    SlotRestored,
+    SlotSetAside,
+    Trial,
+    Verdict,
+)
+from raysearch.schedule import Slot
+from raysearch.study import CandidateState, Lane, Study, TrialState, baseline_id, screen_id
+
+MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
+ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
+FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
+SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots
+
+
+# ---- commands: what the coordinator is to do ----
+
+
+@dataclass(frozen=True)
+class StartTrial:
+    """Run this attempt on this slot."""
+
+    trial: Trial
+    attempt: int
+    slot: str
+
+
+@dataclass(frozen=True)
+class Materialise:
+    """Make the proposal a commit, or refuse it."""
+
+    proposal: Proposal
+
+
+@dataclass(frozen=True)
+class Conclude:
+    """Journal this: a verdict, or what becomes of a slot."""
+
+    event: Event
+
+
+@dataclass(frozen=True)
+class MoveRatchet:
+    """Move the branch from `expected` to a commit with the candidate's tree."""
+
+    profile: str
+    candidate: Candidate
+    expected: str
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What the candidates were built on is no more: merge their changes, one after the other, onto `onto`.
+
+    Attributes:
+        onto: Commit of the champion, or of a candidate of the frontier.
+        champion: Candidate whose tree that is.
+    """
+
+    candidates: tuple[Candidate, ...]
+    onto: str
+    champion: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Ask a proposer for `count` proposals for a profile, to be built on `base`."""
+
+    profile: str
+    proposer: str
+    count: int
+    base: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Nothing is left to do."""
+
+    reason: str
+
+
+Command = StartTrial | Materialise | Conclude | MoveRatchet | Carry | Ask | Finish
+Asking = Mapping[tuple[str, str], int]  # (profile, proposer) -> proposals that were asked for and have not come
+
+
+def next_commands(
+    study: Study, slots: Sequence[Slot], *, asking: Asking, accepting: bool = True, draining: bool = False
+) -> list[Command]:
+    """What to do now.
+
+    Args:
+        study: Its state.
+        slots: All slots that are there, busy ones included.
+        asking: Proposals on their way; such a proposer is not asked again.
+        accepting: False when no further proposal is wanted (a time limit has passed).
+        draining: Start nothing; finish when the runs in flight have.
+
+    Returns:
+        Commands in the order in which to perform them. Decisions on the state come first and alone, since each
+        of them changes what follows. Carrying is one at a time, behind what can be started without it: it takes
+        a tenth of a second, and no slot should wait for the second change when the first is ready.
+    """
+    decisions = _decisions(study, slots)
+    if decisions:
+        return decisions
+    if draining:
+        return [] if study.running else [Finish("stopped: the runs in flight have ended")]
+    busy = {state.slot for state in study.running.values()}
+    free: dict[str, list[Slot]] = {}
+    present: dict[str, int] = {}
+    for slot in slots:
+        present[slot.profile] = present.get(slot.profile, 0) + 1
+        if slot.id not in busy and slot.id not in study.aside:
+            free.setdefault(slot.profile, []).append(slot)
+    commands: list[Command] = []
+    for slug, lane in study.lanes.items():
+        for trial, slot in schedule.assign(study, lane, free.get(slug, [])):
+            previous = study.trials.get(trial.id)
+            commands.append(StartTrial(trial, previous.attempt + 1 if previous else 1, slot.id))
+    carry = _carry(study, present, waits=len(commands) < sum(map(len, free.values())))
+    if carry is not None:
+        return [*commands, carry]
+    if accepting:
+        for slug, lane in study.lanes.items():
+            commands += _asks(study, lane, present.get(slug, 0), len(free.get(slug, ())), asking)
+    if not commands and not study.running:
+        commands += _ending(study, [study.lanes[slug] for slug in present], asking, accepting)
+    return commands
+
+
+# ---- decisions ----
+
+
+def _decisions(study: Study, slots: Sequence[Slot]) -> list[Command]:
+    commands: list[Command] = [Materialise(proposal) for proposal in study.waiting.values()]
+    for lane in study.lanes.values():
+        winner = _winner(study, lane)
+        if winner is not None:  # alone: whatever else was confirmed here is carried onto it afterwards
+            commands.append(MoveRatchet(lane.profile.slug, winner.candidate, lane.champion_commit))
+            continue
+        commands += _verdicts(study, lane)
+        commands += _health(study, lane, slots)
+    return commands
+
+
+def _winner(study: Study, lane: Lane) -> CandidateState | None:
+    """The best of those that were confirmed against the champion."""
+    found = [study.candidates[name] for name in lane.confirmed if study.built_on_id(name) == lane.champion]
+    return max(found, key=lambda state: state.gain or 0.0, default=None)
+
+
+def _verdicts(study: Study, lane: Lane) -> list[Command]:
+    commands: list[Command] = []
+    for name in list(lane.due):
+        event = _verdict(study, lane, study.candidates[name])
+        if event is None:
+            lane.due.pop(name, None)  # looked at; it is due again when something new is known of it
+        else:
+            commands.append(Conclude(event))
+    return commands
+
+
+def _verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | None:
+    if state.id in lane.screened:
+        return _screen_verdict(study, lane, state)
+    if state.id in lane.racing:
+        return _race_verdict(study, lane, state)
+    return None
+
+
+def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | None:
+    run = study.trials[screen_id(state.id)]
+    if run.value is None:
+        outcome = run.outcome.value if run.outcome else ""
+        return Judged(state.id, Verdict.DISCARD, f"{outcome}: {run.reason}")
+    known = study.judge(lane)
+    base_values = lane.fresh.values(study.built_on_id(state.id))
+    if known is None or not (base_values or study.settings.rules.greedy):
+        return None
+    if study.settings.rules.greedy:
+        best = study.trials.get(screen_id(lane.champion)) or study.trials[baseline_id(lane.base, 1)]
+        assert best.value is not None
+        found = judge.greedy(run.value, best.value, known.noise, known.direction)
+    else:
+        found = known.screen(run.value, base_values, simplifies=study.simplifies(state))
+    return Judged(
+        state.id, found.verdict, found.reason, found.delta, found.delta_se, p_better=found.p_better, gain=found.gain
+    )
+
+
+def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | None:
+    known = study.judge(lane)
+    runs = [study.trials[name] for name in state.races]
+    failed = next((run for run in runs if run.outcome is not None and run.value is None), None)
+    if failed is not None:
+        outcome = failed.outcome.value if failed.outcome else ""
+        return Judged(state.id, Verdict.DISCARD, f"its re-run {outcome}: {failed.reason}", pairs=state.pairs)
+    if len(runs) >= study.settings.rules.max_pairs + schedule.SPARE_PAIRS and all(
+        schedule.is_spoilt(study, run) for run in runs
+    ):
+        reason = "the program that it was built on failed again and again"
+        return Judged(state.id, Verdict.DISCARD, reason, pairs=state.pairs)
+    pairs = study.race_pairs(state)
+    if known is None or len(pairs) <= state.pairs:
+        return None
+    screened = None if state.candidate.proposal.carries else study.screen_evidence(lane, state, known)
+    found = known.race(pairs, screened=screened, simplifies=study.simplifies(state))
+    return Judged(
+        state.id,
+        found.verdict,
+        found.reason,
+        found.delta,
+        found.delta_se,
+        pairs=len(pairs),
+        p_better=found.p_better,
+        gain=found.gain,
+    )
+
+
+def _health(study: Study, lane: Lane, slots: Sequence[Slot]) -> list[Command]:
+    """Slots to be set aside, never the last ones, and slots that have been aside for long enough."""
+    noise = lane.noise()
+    slug = lane.profile.slug
+    commands: list[Command] = []
+    if lane.health.changed and noise is not None:
+        here = {slot.id for slot in slots if slot.profile == slug} - set(study.aside)
+        for found in lane.health.suspects(noise.sigma):
+            if found.slot in here and len(here) > 1:
+                here.discard(found.slot)
+                repeat = tuple(trial for trial in found.trials if _matters(study, lane, study.trials[trial]))
+                commands.append(Conclude(SlotSetAside(found.slot, slug, found.reason, repeat)))
+    over_s = ASIDE_TRIALS * (lane.wall_s or 0.0)
+    for slot, event in study.aside.items():
+        if event.profile == slug and study.last_at - study.aside_at[slot] > over_s:
+            commands.append(Conclude(SlotRestored(slot, slug)))
+    return commands
+
+
+def _matters(study: Study, lane: Lane, run: TrialState) -> bool:
+    """Whether something is still to be decided by a trial's result."""
+    if run.value is None or run.trial.id not in study.trials:
+        return False
+    if run.trial.purpose is Purpose.SCREEN:
+        return run.trial.candidate in lane.screened
+    if run.trial.purpose is Purpose.RACE:
+        return run.trial.candidate in lane.racing
+    return any(study.trials[race].trial.candidate in lane.racing for race in lane.rivals.get(run.trial.id, ()))
+
+
+# ---- carrying ----
+
+
+def _carry(study: Study, present: Mapping[str, int], *, waits: bool) -> Carry | None:
+    """What has to be put onto something newer before anything else is done with it: wins first, together.
+
+    Args:
+        study: Its state.
+        present: Slots by profile.
+        waits: Whether a slot is free and has nothing to do.
+    """
+    for lane in study.lanes.values():
+        names = _stranded_wins(study, lane) or _stranded_race(study, lane)
+        if names:
+            return _onto(study, lane, names, study.candidates[lane.champion])
+    for slug, lane in study.lanes.items():
+        if slug not in present:
+            continue
+        bases = {name: study.built_on_id(name) for name in lane.line}
+        alive = {base: study.lives(lane, base) for base in set(bases.values())}
+        if waits or sum(alive[base] for base in bases.values()) < min(FEW, present[slug]):
+            name = next((name for name, base in bases.items() if not alive[base]), None)
+            if name is not None:
+                return _onto(study, lane, (name,), study.head(lane))
+    return None
+
+
+def _onto(study: Study, lane: Lane, names: Sequence[str], head: CandidateState) -> Carry:
+    commit = lane.champion_commit if head.id == lane.champion else head.candidate.commit
+    return Carry(tuple(study.candidates[name].candidate for name in names), commit, head.id)
+
+
+def _stranded_wins(study: Study, lane: Lane) -> tuple[str, ...]:
+    """Confirmed changes whose base is no more: all of them, or a part of a union that fell short."""
+    parted: set[str] = set()
+    for part in lane.splits:
+        left = tuple(name for name in part if name in lane.confirmed)
+        if left:
+            return left
+        parted.update(part)
+    return tuple(
+        name for name in lane.confirmed if name not in parted and not study.lives(lane, study.built_on_id(name))
+    )
+
+
+def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
+    """A promising change whose race has not begun and whose base is no more, or whose base never had a fresh run."""
+    for name in lane.racing:
+        if not study.candidates[name].races and not study.lives(lane, study.built_on_id(name)):
+            return (name,)
+    for name in lane.screened:
+        base = study.built_on_id(name)
+        if not lane.fresh.values(base) and not study.lives(lane, base):
+            return (name,)
+    return ()
+
+
+# ---- asking and ending ----
+
+
+def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> list[Command]:
+    """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next."""
+    slug = lane.profile.slug
+    if not present or lane.blocked or lane.refusals >= MOST_REFUSALS:
+        return []
+    lines = _in_line(study, lane)
+    limit = study.settings.max_trials
+    left = None if limit is None else limit - lane.screens
+    base: str | None = None
+    commands: list[Command] = []
+    for place, proposer in enumerate(study.settings.proposers):
+        if asking.get((slug, proposer)):
+            continue
+        wanted = idle + present if place == 0 else -(-present // SIDE_SHARE)
+        have = sum(lines.values()) if place == 0 else lines.get(proposer, 0)
+        count = wanted - have if left is None else min(wanted - have, left)
+        if count <= 0:
+            continue
+        left = None if left is None else left - count
+        if base is None:
+            base = _commit_of(lane, study.head(lane))
+        commands.append(Ask(slug, proposer, count, base))
+    return commands
+
+
+def _in_line(study: Study, lane: Lane) -> dict[str, int]:
+    lines: dict[str, int] = {}
+    for name in lane.line:
+        proposer = study.candidates[name].candidate.proposal.proposer
+        lines[proposer] = lines.get(proposer, 0) + 1
+    return lines
+
+
+def _commit_of(lane: Lane, head: CandidateState) -> str:
+    return lane.champion_commit if head.id == lane.champion else head.candidate.commit
+
+
+def _ending(study: Study, served: Sequence[Lane], asking: Asking, accepting: bool) -> list[Command]:
+    """Whether the search is over, as far as the profiles that have slots go."""
+    slugs = {lane.profile.slug for lane in served}
+    asked = any(count for (slug, _), count in asking.items() if slug in slugs)
+    if not served or asked or any(lane.open and not lane.blocked for lane in served):
+        return []
+    if all(lane.blocked for lane in served):
+        return [Finish("; ".join(f"{lane.profile.slug} is blocked, {lane.blocked}" for lane in served))]
+    if not accepting:
+        return [Finish("the time limit has passed")]
+    limit = study.settings.max_trials
+    if limit is not None and all(lane.screens >= limit or lane.blocked for lane in served):
+        return [Finish(f"all {limit} trials are done")]
+    stuck = [lane for lane in served if lane.refusals >= MOST_REFUSALS]
+    if stuck and all(lane in stuck or lane.blocked or (limit and lane.screens >= limit) for lane in served):
+        slug = stuck[0].profile.slug
+        reason = next(reason for proposal, reason in reversed(study.refused) if proposal.profile == slug)
+        return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
+    return []
