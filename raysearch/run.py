@@ -53,7 +53,11 @@ _STUDIES = click.option(
 @click.option("--trials", type=int, help="Stop after so many proposals were tried.  [default: no limit]")
 @click.option("--hours", type=float, help="Propose nothing new after so many hours.  [default: no limit]")
 @click.option("--searcher", help="Of ray.tune.search, for the tune proposer.  [default: optuna]")
+@click.option("--proposers", help="Who is asked, with commas.  [default: tune,ablate,simplify,transfer,combine]")
 @click.option("--seed", type=int, help="Of the search.  [default: 0]")
+@click.option(
+    "--judge", type=click.Choice(["race", "greedy"]), help="greedy: keep what looks better once.  [default: race]"
+)
 @click.option("--baseline-runs", type=int, help="Runs of each profile's first program, for its noise.  [default: 3]")
 @click.option("--address", help="Ray cluster to join, `auto` for this machine's.  [default: start Ray here]")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="Which slots.  [default: GPUs, else CPU]")
@@ -211,8 +215,12 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     plain = {"preset": options["preset"], "dataset": options["dataset"]}
     sections = {
         "budget": {"seconds": options["budget_s"], "tokens": options["budget_tokens"]},
-        "search": {"searcher": options["searcher"], "seed": options["seed"]},
-        "judge": {"baseline_runs": options["baseline_runs"]},
+        "search": {
+            "searcher": options["searcher"],
+            "seed": options["seed"],
+            "proposers": options["proposers"].split(",") if options["proposers"] is not None else None,
+        },
+        "judge": {"rule": options["judge"], "baseline_runs": options["baseline_runs"]},
         "slots": {"device": options["device"], "cpu_slots": options["cpu_slots"], "threads": options["threads"]},
     }
     table |= {key: value for key, value in plain.items() if value is not None}
