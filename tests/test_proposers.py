@@ -24,9 +24,15 @@ from raysearch.asker import PAUSE_S, Asker
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
-from raysearch.proposers import Idea, Proposer, Request, Told, inbox, tune
+from raysearch.proposers import Idea, Proposer, Request, Step, Told, inbox, tune
+from raysearch.proposers.ablate import AblateProposer
+from raysearch.proposers.combine import CombineProposer
+from raysearch.proposers.simplify import SimplifyProposer
+from raysearch.proposers.transfer import TransferProposer
 from raysearch.proposers.tune import LEARN_ALL, LEAST, PACKAGES, PLACES, REACH, TuneProposer, check_searcher
 from raysearch.ratchet import Ratchet
+
+MINIMIZE = Direction.MINIMIZE
 
 PROGRAM = '''\
 """A program."""
@@ -198,7 +204,114 @@ def is_near(knob: Knob, value: Value) -> bool:
     return abs(value - knob.value) == 1 or min(abs(unit - here) for unit in (*reach, knob.unit(value))) <= REACH + 1e-6
 
 
-# ---- the contract ----
+# ---- the contract of every proposer ----
+
+GROWN = rewrite(PROGRAM, {"LR": 0.04137, "DEPTH": 8, "DECAY": 0.1111, "MODE": "fast"}).replace(
+    "    return LR * DEPTH\n", "    gain = 2\n    pass\n    return gain * LR * DEPTH\n\n\ndef unused():\n    return 1\n"
+)
+
+
+def step(before: str, after: str, *, id: str = "s1", delta: float = -0.01, profile: str = "gpu") -> Step:
+    return Step(id, profile, f"why {id}", delta, {"train.py": before}, {"train.py": after})
+
+
+STEPS = (
+    step(PROGRAM, rewrite(PROGRAM, {"LR": 0.03, "HEADS": 2}), id="s1"),
+    step(
+        PROGRAM, PROGRAM.replace("WIDTH = 64", "WIDTH = 32").replace("    return", "    print()\n    return"), id="s2"
+    ),
+)
+WINS = (
+    step(PROGRAM, rewrite(PROGRAM, {"LR": 0.01}), id="w1"),
+    step(PROGRAM, rewrite(PROGRAM, {"DEPTH": 4, "HEADS": 2}), id="w2"),
+)
+PROPOSERS: dict[str, Callable[[int], Proposer]] = {
+    "tune": lambda seed: TuneProposer(seed=seed),
+    "ablate": lambda seed: AblateProposer(seed=seed),
+    "simplify": lambda seed: SimplifyProposer(seed=seed),
+    "transfer": lambda _: TransferProposer(),
+    "combine": lambda _: CombineProposer(),
+}
+
+
+def full_request(count: int = 3, *, files: Mapping[str, str] | None = None, **others: Any) -> Request:
+    """A request in which every proposer finds something to do."""
+    files = files or {"train.py": GROWN}
+    given: dict[str, Any] = {"origin": {"train.py": PROGRAM}, "elsewhere": STEPS, "unmerged": WINS}
+    known = frozenset({fingerprint(files)})
+    return Request(
+        *("cpu", fingerprint(files), files, count), **{"known": known, "direction": MINIMIZE, **given, **others}
+    )
+
+
+@pytest.fixture(params=PROPOSERS)
+def make(request: pytest.FixtureRequest) -> Callable[[int], Proposer]:
+    return PROPOSERS[request.param]
+
+
+Make = Callable[[int], Proposer]
+
+
+def test_git_applies_what_any_proposer_says_and_gets_a_valid_new_program(make: Make, tmp_path: Path):
+    proposer = make(1)
+    repo = Ratchet.create(tmp_path / "repo", {"train.py": GROWN}, message="base", at=0.0)
+    base = repo.resolve("main")
+    ideas = proposer.ask(full_request())
+    assert ideas
+    for idea in ideas:
+        commit = repo.commit_patch(base, idea.patch, editable=("train.py",), message="an idea", at=0.0)
+        program = repo.read(commit, "train.py")
+        assert program == patched(GROWN, idea.patch)
+        assert fingerprint({"train.py": program}) != fingerprint({"train.py": GROWN})
+        assert broken_rule(read_rules(program), values_of(program)) is None  # and every knob is in its range
+        assert "def train(run)" in program
+        assert idea.proposer == proposer.name
+        assert idea.hypothesis
+        assert "\n" not in idea.hypothesis
+
+
+def test_nothing_known_is_proposed_and_nothing_twice(make: Make):
+    proposer = make(2)
+    assert proposer.ask(full_request(0)) == []
+    first = full_request(2)
+    known, sources = set(first.known), set[str]()
+    while ideas := proposer.ask(full_request(2, known=frozenset(known), sources=frozenset(sources))):
+        assert len(ideas) <= 2
+        for idea in ideas:
+            print_ = fingerprint({"train.py": patched(GROWN, idea.patch)})
+            assert print_ not in known
+            assert not idea.source or idea.source not in sources
+            known.add(print_)
+            sources.add(idea.source)
+        if len(known) > 40:  # a searcher goes on for long
+            break
+    late = make(2).ask(full_request(50, known=frozenset(known)))
+    assert known.isdisjoint(fingerprint({"train.py": patched(GROWN, idea.patch)}) for idea in late)
+    if proposer.name != "tune":
+        assert late == []
+        assert make(2).ask(full_request(50, sources=frozenset(sources))) == []
+
+
+def test_the_same_seed_and_request_give_the_same_ideas(make: Make):
+    assert make(3).ask(full_request(4)) == make(3).ask(full_request(4))
+
+
+def test_any_proposer_can_be_told_of_anything(make: Make):
+    proposer = make(4)
+    for outcome in Outcome:
+        value = 0.9 if outcome is Outcome.MEASURED else None
+        proposer.tell(Told("cpu", {"train.py": GROWN}, outcome, value))
+    assert proposer.ask(full_request())
+
+
+def test_a_request_with_nothing_to_work_on_gives_no_idea(make: Make):
+    plain = {"train.py": "def train(run):\n    return run.value()\n"}
+    request = full_request(files=plain, origin={}, elsewhere=(), unmerged=())
+    assert make(5).ask(request) == []
+    assert make(5).ask(full_request(files=plain, origin=plain)) == []
+
+
+# ---- the contract of every searcher ----
 
 
 def test_git_applies_every_idea_to_the_champion_and_gets_the_same_program(searcher: str, tmp_path: Path):

@@ -1,0 +1,365 @@
+"""What the operators without a model share: changes taken apart and carried onto other programs, and what may be said.
+
+It works on texts alone, runs no git, and has no idea of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from raysearch.errors import UserError
+from raysearch.knobs import (
+    Knob,
+    Value,
+    Values,
+    broken_rule,
+    constant_lines,
+    fingerprint,
+    format_value,
+    read_knobs,
+    read_rules,
+    rewrite,
+    same_value,
+    skeleton,
+    source_lines,
+    syntax_tree,
+)
+from raysearch.model import Operator
+from raysearch.patches import Conflict, align_constants, unified_diff
+from raysearch.proposers import Idea, Request
+
+HUNK_GAP = 2  # equal lines between two changes that still make them one hunk
+_BUILTINS = frozenset(dir(builtins))
+
+Travel = Callable[[Knob, Value, Value], "Value | None"]
+"""The new value of a knob here when elsewhere it went from one value to another; None: that cannot be said."""
+
+
+# ---- what is proposed ----
+
+
+@dataclass(frozen=True)
+class Change:
+    """A program as it could be.
+
+    Attributes:
+        files: The changed files, text by path.
+        hypothesis: Why it is worth a run.
+    """
+
+    files: Mapping[str, str]
+    hypothesis: str
+    predicted_delta: float | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Something to propose, not yet worked out: `make` gives None when it cannot be done to the program."""
+
+    source: str
+    make: Callable[[], Change | None]
+
+
+class Sieve:
+    """Makes ideas of attempts: those that give a valid program, new on the profile, each source once."""
+
+    def __init__(self, proposer: str, operator: Operator) -> None:
+        self._proposer = proposer
+        self._operator = operator
+        self._given: dict[str, set[str]] = {}
+        self._useless: dict[str, tuple[str, set[str]]] = {}  # by profile: on this base
+
+    def was_tried(self, request: Request, source: str) -> bool:
+        """Whether that was proposed on the profile, or came to a program that was."""
+        return source in request.sources or source in self._given.get(request.profile, ())
+
+    def ideas(self, request: Request, attempts: Iterable[Attempt]) -> list[Idea]:
+        """Up to `request.count` ideas, worked out one by one in their order."""
+        given = self._given.setdefault(request.profile, set())
+        base, useless = self._useless.get(request.profile, ("", set()))
+        if base != request.base:
+            useless = set[str]()
+            self._useless[request.profile] = (request.base, useless)
+        known = {*request.known, fingerprint(request.files)}
+        ideas: list[Idea] = []
+        for attempt in attempts:
+            if len(ideas) >= request.count:
+                break
+            if self.was_tried(request, attempt.source) or attempt.source in useless:
+                continue
+            change = attempt.make()
+            if change is None or not is_valid(request.files, change.files):
+                useless.add(attempt.source)
+                continue
+            given.add(attempt.source)
+            print_ = fingerprint({**request.files, **change.files})
+            if print_ not in known:
+                known.add(print_)
+                ideas.append(self._idea(request, attempt, change))
+        return ideas
+
+    def _idea(self, request: Request, attempt: Attempt, change: Change) -> Idea:
+        patch = "".join(unified_diff(path, request.files.get(path), text) for path, text in change.files.items())
+        return Idea(
+            patch,
+            self._operator,
+            change.hypothesis,
+            self._proposer,
+            predicted_delta=change.predicted_delta,
+            source=attempt.source,
+        )
+
+
+def is_valid(files: Mapping[str, str], changed: Mapping[str, str]) -> bool:
+    """Whether changed files are programs still, as far as can be seen without running them.
+
+    They parse, every knob is in its range, no rule breaks that held, `train` is there if it was, and no name is used
+    that is bound nowhere any more.
+    """
+    for path, text in changed.items():
+        if path.endswith(".py") and not _is_program(path, files.get(path, ""), text):
+            return False
+    return True
+
+
+def _is_program(path: str, old: str, new: str) -> bool:
+    try:
+        if skeleton({path: old}, path)[0] != skeleton({path: new}, path)[0]:
+            before, after = syntax_tree(old), syntax_tree(new)
+            if "train" in _functions(before) - _functions(after):
+                return False
+            if _loaded(after) & _bound(before) - _bound(after) - _BUILTINS:
+                return False
+        broken = _broken(old)
+        return _broken(new) in (None, broken)
+    except UserError:
+        return False
+
+
+def _broken(source: str) -> str | None:
+    knobs = {name: knob.value for name, knob in read_knobs(source).items()}
+    rules = read_rules(source)
+    if not rules:
+        return None
+    return broken_rule(rules, {name: line.value for name, line in constant_lines(source).items()} | knobs)
+
+
+def _functions(tree: ast.Module) -> set[str]:
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def _loaded(tree: ast.AST) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def _bound(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.alias(name=name, asname=asname):
+                names.add(asname or name.partition(".")[0])
+            case _:
+                pass
+    return names
+
+
+# ---- a knob's move ----
+
+
+def travelled(here: Knob, before: Value, after: Value) -> Value:
+    """What a change of a knob elsewhere comes to here.
+
+    With the same value here, or where it is no number, the new value itself. Otherwise its ratio, or its difference
+    where the knob's range holds zero, from the value here; inside the range here.
+    """
+    if not (here.is_number and _is_number(before) and _is_number(after)):
+        return after
+    if here.value == before:
+        return here.nearest(float(after))
+    if here.is_ratio and float(before) > 0 and float(after) > 0:
+        return here.nearest(float(here.value) * float(after) / float(before))
+    return here.nearest(float(here.value) + float(after) - float(before))
+
+
+def middle(here: Knob, other: Value) -> Value | None:
+    """The value between a knob's own and another: geometric where ratios matter; None where there is none."""
+    if not (here.is_number and here.is_ordered and _is_number(other)):
+        return None
+    if here.is_ratio and float(other) > 0:
+        return here.nearest(math.sqrt(float(here.value) * float(other)))
+    return here.nearest((float(here.value) + float(other)) / 2)
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def described(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The knobs that differ, as `NAME old → new`."""
+    moves: list[str] = []
+    for path, text in new.items():
+        if path.endswith(".py") and path in old:
+            before, after = _values(old[path]), _values(text)
+            moves += [
+                f"{name} {format_value(before[name])} → {format_value(value)}"
+                for name, value in after.items()
+                if name in before and not same_value(before[name], value)
+            ]
+    return ", ".join(moves)
+
+
+def _values(source: str) -> Values:
+    try:
+        return {name: line.value for name, line in constant_lines(source).items()}
+    except UserError:
+        return {}
+
+
+# ---- a change taken apart ----
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the changes that lead from one text to another: a constant's value, or a hunk of lines.
+
+    Attributes:
+        key: Names it by what it changes, the same wherever it stands.
+        title: For people.
+        text: The first text with this change alone.
+    """
+
+    key: str
+    path: str
+    title: str
+    text: str
+
+
+def parts(before: Mapping[str, str], after: Mapping[str, str]) -> list[Part]:
+    """The changes of all files that both have, constants first; comments alone count as a hunk."""
+    found: list[Part] = []
+    for path, old in before.items():
+        if path in after and after[path] != old:
+            found += _parts(path, old, after[path])
+    return found
+
+
+def _parts(path: str, old: str, new: str) -> list[Part]:
+    before, after = (_values(text) if path.endswith(".py") else {} for text in (old, new))
+    moved = {name: after[name] for name, value in before.items() if name in after and after[name] != value}
+    found: list[Part] = []
+    for name, value in moved.items():
+        title = f"{name} {format_value(before[name])} → {format_value(value)}"
+        found.append(Part(f"{path} {title}", path, title, rewrite(old, {name: value})))
+    if path.endswith(".py"):
+        aligned, _, new = align_constants(old, old, rewrite(new, {name: before[name] for name in moved}), path=path)
+    else:
+        aligned = old
+    lines, own, theirs = source_lines(old), source_lines(aligned), source_lines(new)
+    for start, end, added in _hunks(own, theirs):
+        removed = lines[start:end]
+        digest = hashlib.sha256("\0".join([*removed, "\1", *added]).encode("utf-8", "replace")).hexdigest()[:12]
+        said = next((line.strip() for line in (*removed, *added) if line.strip()), "blank lines")
+        text = "".join([*lines[:start], *added, *lines[end:]])
+        found.append(Part(f"{path} {digest}", path, f"{path}:{start + 1} {said[:60]}", text))
+    return found
+
+
+def _hunks(old: list[str], new: list[str]) -> list[tuple[int, int, list[str]]]:
+    """(start, end, lines that take their place) of each run of changed lines."""
+    hunks: list[list[int]] = []
+    for tag, i1, i2, j1, j2 in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag == "equal":
+            continue
+        if hunks and i1 - hunks[-1][1] <= HUNK_GAP:
+            hunks[-1][1], hunks[-1][3] = i2, j2
+        else:
+            hunks.append([i1, i2, j1, j2])
+    return [(i1, i2, new[j1:j2]) for i1, i2, j1, j2 in hunks]
+
+
+# ---- a change carried elsewhere ----
+
+
+def carry(
+    before: Mapping[str, str], after: Mapping[str, str], files: Mapping[str, str], travel: Travel
+) -> dict[str, str] | None:
+    """Makes the change from `before` to `after` to other files.
+
+    Knobs that it moves get the value that `travel` says, other knobs stay as they are in `files`, and lines of text
+    are changed where they and their neighbours read the same.
+
+    Returns:
+        The files that differ from `files`, or None when the change cannot be made to them.
+    """
+    changed: dict[str, str] = {}
+    for path, new in after.items():
+        old, ours = before.get(path), files.get(path)
+        if old == new:
+            continue
+        if old is None and ours is None:
+            changed[path] = new
+            continue
+        merged = None if old is None or ours is None else _carried(path, old, new, ours, travel)
+        if merged is None:
+            return None
+        if merged != ours:
+            changed[path] = merged
+    return changed if before.keys() <= after.keys() else None
+
+
+def _carried(path: str, before: str, after: str, ours: str, travel: Travel) -> str | None:
+    if path.endswith(".py"):
+        try:
+            before, after, ours = _aligned(path, before, after, ours, travel)
+        except (Conflict, UserError):
+            return None
+    lines = _merged(source_lines(before), source_lines(after), source_lines(ours))
+    return None if lines is None else "".join(lines)
+
+
+def _aligned(path: str, before: str, after: str, ours: str, travel: Travel) -> tuple[str, str, str]:
+    """The texts with knobs as they are to become, so that only other lines are left to merge."""
+    here, old, new = (read_knobs(text, path=path) for text in (ours, before, after))
+    own: Values = {}
+    moved: Values = {}
+    for name, knob in here.items():
+        if name not in old or name not in new:
+            continue
+        own[name] = moved[name] = knob.value
+        if not same_value(old[name].value, new[name].value):
+            value = travel(knob, old[name].value, new[name].value)
+            if value is None:
+                raise Conflict(f"{path}: {name} has no value here that means the same")
+            moved[name] = value
+    return align_constants(rewrite(before, own), rewrite(after, moved), ours, path=path)
+
+
+def _merged(before: list[str], after: list[str], ours: list[str]) -> list[str] | None:
+    """Ours with the change from before to after, or None where ours reads otherwise there."""
+    places: dict[int, int] = {}
+    for i, j, length in SequenceMatcher(None, before, ours, autojunk=False).get_matching_blocks():
+        places.update((i + k, j + k) for k in range(length))
+    result: list[str] = []
+    done = 0
+    for tag, i1, i2, j1, j2 in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if tag == "equal":
+            continue
+        start = places.get(i1 - 1, -2) + 1 if i1 else 0
+        end = places.get(i2, -1) if i2 < len(before) else len(ours)
+        if start < done or end < start:
+            return None
+        if ours[start:end] not in (before[i1:i2], after[j1:j2]):
+            return None
+        result += [*ours[done:start], *after[j1:j2]]
+        done = end
+    return [*result, *ours[done:]]
