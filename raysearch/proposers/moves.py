@@ -260,10 +260,9 @@ def _parts(path: str, old: str, new: str) -> list[Part]:
     for name, value in moved.items():
         title = f"{name} {format_value(before[name])} → {format_value(value)}"
         found.append(Part(f"{path} {title}", path, title, rewrite(old, {name: value})))
-    if path.endswith(".py"):
+    aligned = old
+    if before and after:  # both are programs: constants that they share read alike, whatever their comments
         aligned, _, new = align_constants(old, old, rewrite(new, {name: before[name] for name in moved}), path=path)
-    else:
-        aligned = old
     lines, own, theirs = source_lines(old), source_lines(aligned), source_lines(new)
     for start, end, added in _hunks(own, theirs):
         removed = lines[start:end]

@@ -30,11 +30,10 @@ class TransferProposer:
 
     def _attempts(self, request: Request) -> Iterator[Attempt]:
         steps = by_promise(request.elsewhere, request.direction)
+        tried = [step for step in steps if self._sieve.was_tried(request, _source(step))]
         for step in steps:
             yield Attempt(_source(step), lambda step=step: _carried(step, step.after, request.files))
-        for step in steps:
-            if not self._sieve.was_tried(request, _source(step)):
-                continue  # the whole comes first
+        for step in tried:  # the whole comes first
             changes = self._parts_of(step)
             for part in changes if len(changes) > 1 else []:
                 after = {**step.before, part.path: part.text}
