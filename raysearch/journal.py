@@ -1,7 +1,8 @@
 """The append-only event log of a study: SQLite in WAL mode, one writer, any number of readers at any time.
 
 It stores and replays events; what they mean is `study`'s business. An event is on the disk (fsync) before `append`
-returns, so that an effect that follows it never happens without its intent being known.
+returns, so that an effect that follows it never happens without its intent being known; a simulation, which has no
+effects, may do without that.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
 
+import msgspec
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
 
 from raysearch.errors import UserError
 from raysearch.model import Event, Record
 
-FORMAT = 1
+FORMAT = 2
 LOCK_PATIENCE_S = 0.5  # whoever asks whether the study is driven holds the lock for a moment
 
-_ADAPTERS: dict[str, TypeAdapter[Any]] = {kind.__name__: TypeAdapter(kind) for kind in get_args(Event)}
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
+_DECODERS = {name: msgspec.json.Decoder(kind) for name, kind in _KINDS.items()}
 
 
 class Journal:
@@ -33,13 +35,16 @@ class Journal:
     Args:
         path: The database file; a writer makes it, a reader needs it.
         writer: Whether to append; the study is locked for other writers until `close` or the end of the process.
+        durable: Whether `append` waits for the disk. Without it a power cut may lose or damage the journal; the end of
+            the process alone does not.
 
     Raises:
         UserError: Another coordinator holds the study, or the file is missing, damaged or of another format.
     """
 
-    def __init__(self, path: Path, *, writer: bool) -> None:
+    def __init__(self, path: Path, *, writer: bool, durable: bool = True) -> None:
         self.path = path
+        self._durable = durable
         self._lock: FileLock | None = None
         if writer:
             self._lock = self._take_lock()
@@ -91,7 +96,7 @@ class Journal:
             self._check_format(db)
             if writer:
                 db.execute("PRAGMA journal_mode=WAL")
-                db.execute("PRAGMA synchronous=FULL")
+                db.execute(f"PRAGMA synchronous={'FULL' if self._durable else 'OFF'}")
                 if _is_new(db):
                     db.execute("BEGIN IMMEDIATE")  # a kill leaves a journal or an empty file, nothing in between
                     db.execute(
@@ -127,11 +132,8 @@ class Journal:
             UserError: The disk does not take it.
         """
         kind = type(event).__name__
-        adapter = _ADAPTERS[kind]
-        # Not pydantic's own JSON: it writes NaN as null and refuses half of a surrogate pair, both of which programs
-        # under search can print.
-        body = json.dumps(adapter.dump_python(event, mode="json", warnings="none"))
-        record = Record(seq, at, adapter.validate_python(json.loads(body)))
+        body = _encoded(event)
+        record = Record(seq, at, _decoded(kind, body))
         try:
             self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", (seq, at, kind, body))
         except sqlite3.IntegrityError:
@@ -159,7 +161,7 @@ class Journal:
             for seq, at, kind, body in rows:
                 if seq != last + 1:
                     raise UserError(f"{self.path}: event {last + 1} is missing; restore the journal from a copy")
-                yield Record(seq, at, _ADAPTERS[kind].validate_python(json.loads(body)))
+                yield Record(seq, at, _decoded(kind, body))
                 last = seq
         except (KeyError, ValueError, sqlite3.DatabaseError) as error:
             detail = str(error).splitlines()[0]
@@ -175,3 +177,26 @@ class Journal:
 
 def _is_new(db: sqlite3.Connection) -> bool:
     return db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+def _encoded(event: Event) -> str:
+    # Not msgspec's own JSON: it writes NaN as null and refuses half of a surrogate pair, both of which programs under
+    # search can print.
+    return json.dumps(msgspec.to_builtins(event, enc_hook=_plain), separators=(",", ":"))
+
+
+def _plain(value: Any) -> Any:
+    """A number or text of a library's own kind (numpy's are subclasses of ours) as the plain one."""
+    for kind in (float, int, str):
+        if isinstance(value, kind):
+            return kind(value)
+    raise ValueError(f"{value!r} is a {type(value).__name__}; an event holds numbers, text and the types of the model")
+
+
+def _decoded(kind: str, body: str) -> Event:
+    try:
+        return _DECODERS[kind].decode(body)
+    except msgspec.ValidationError:
+        raise
+    except (msgspec.DecodeError, UnicodeDecodeError):  # NaN, or half of a surrogate pair: rare, and ten times slower
+        return msgspec.convert(json.loads(body), _KINDS[kind])

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from histories import realistic
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +22,18 @@ from hypothesis import strategies as st
 
 from raysearch.errors import UserError
 from raysearch.journal import Journal
-from raysearch.model import Event, Measurement, Outcome, Proposed, Record, SessionEnded, SessionStarted, TrialFinished
+from raysearch.model import (
+    Event,
+    Judged,
+    Measurement,
+    Outcome,
+    Proposed,
+    Record,
+    SessionEnded,
+    SessionStarted,
+    TrialFinished,
+    Verdict,
+)
 from raysearch.study import Settings, Study
 
 KINDS = get_args(Event)
@@ -65,12 +77,12 @@ def test_every_kind_of_event_is_read_back_the_same(tmp_path: Path, events: tuple
 
 
 def test_all_kinds_of_events_of_the_model_are_known():
-    assert len(KINDS) == 10
+    assert len(KINDS) == 12
     assert all(dataclasses.is_dataclass(kind) for kind in KINDS)
 
 
 def test_numbers_that_are_none_leave_the_journal_readable(path: Path):
-    """A trainer prints NaN for what it could not compute; pydantic's own JSON makes null of that."""
+    """A trainer prints NaN for what it could not compute; msgspec's own JSON makes null of that."""
     odd = Measurement(
         math.nan, math.inf, holdout=math.nan, parts_s={"eval": -math.inf}, facts={"mfu_percent": math.nan}
     )
@@ -88,6 +100,16 @@ def test_numbers_that_are_none_leave_the_journal_readable(path: Path):
     assert (found.wall_s, found.parts_s["eval"]) == (math.inf, -math.inf)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\udfff\udc00b", "\ud800A", "\x00", "\U0001f600", "\ud800\\u0041"])
+def test_text_that_is_no_unicode_is_read_back_to_the_letter(path: Path, text: str):
+    event = TrialFinished(
+        text, 1, Outcome.MEASURED, log_tail=text, measurement=Measurement(math.inf, 1.0, facts={text: 1.0})
+    )
+    with opened(path, writer=True) as journal:
+        assert journal.append(event, seq=1, at=1.0).event == event
+        assert [record.event for record in journal.read()] == [event]
+
+
 def test_what_could_not_be_read_again_is_not_written(path: Path):
     wrong: Any = {"steps": "many"}
     with opened(path, writer=True) as journal:
@@ -97,6 +119,23 @@ def test_what_could_not_be_read_again_is_not_written(path: Path):
             )
         journal.append(ended(1), seq=1, at=1.0)
         assert [record.event for record in journal.read()] == [ended(1)]
+
+
+def test_numbers_of_numpy_are_written_as_plain_ones(path: Path):
+    with opened(path, writer=True) as journal:
+        journal.append(Judged("c0001", Verdict.KEEP, "", delta=np.float64(-0.1)), seq=1, at=1.0)
+        (record,) = journal.read()
+    assert record.event == Judged("c0001", Verdict.KEEP, "", delta=-0.1)
+    assert isinstance(record.event, Judged)
+    assert type(record.event.delta) is float
+
+
+def test_what_json_has_no_word_for_is_refused_before_it_is_written(path: Path):
+    with opened(path, writer=True) as journal:
+        for wrong in (object(), np.float32(0.1), np.zeros(2)):
+            with pytest.raises(ValueError, match="an event holds numbers, text and the types of the model"):
+                journal.append(SessionEnded(wrong), seq=1, at=1.0)  # pyright: ignore[reportArgumentType]
+        assert list(journal.read()) == []
 
 
 def test_a_whole_study_replays_from_its_journal(path: Path):
@@ -241,6 +280,15 @@ def test_an_event_is_on_the_disk_when_append_returns(path: Path):
         assert level == (2,)  # FULL: in WAL mode, fsync at every commit
 
 
+def test_a_simulation_does_not_wait_for_the_disk_and_is_read_like_any_other(path: Path):
+    journal = Journal(path, writer=True, durable=False)
+    assert journal._db.execute("PRAGMA synchronous").fetchone() == (0,)  # pyright: ignore[reportPrivateUsage]
+    journal.append(ended(1), seq=1, at=1.0)
+    with opened(path, writer=False) as reader:
+        assert [record.event for record in reader.read()] == [ended(1)]
+    journal.close()
+
+
 def test_a_journal_that_was_killed_at_its_birth_is_empty_and_not_wrong(path: Path):
     path.touch()
     with opened(path, writer=False) as reader:
@@ -279,11 +327,14 @@ def test_a_database_of_something_else_is_left_alone(path: Path, writer: bool):
 
 
 @pytest.mark.parametrize("writer", [False, True])
-def test_another_format_is_said_so(path: Path, writer: bool):
+@pytest.mark.parametrize("other", [1, 7])
+def test_another_format_is_said_so(path: Path, writer: bool, other: int):
     with opened(path, writer=True) as journal:
         journal.append(ended(1), seq=1, at=1.0)
-    change(path, "PRAGMA user_version=7")
-    assert "has journal format 7; this version reads 1: use the version that made it" in told(path, writer=writer)
+    change(path, f"PRAGMA user_version={other}")
+    assert f"has journal format {other}; this version reads 2: use the version that made it" in told(
+        path, writer=writer
+    )
 
 
 def test_a_missing_journal_is_said_so_to_a_reader(path: Path):
