@@ -41,4 +41,4 @@ class AblateProposer:
 
 
 def _taken_back(part: Part) -> Change:
-    return Change({part.path: part.text}, f"Taken back: {part.title}; is what was gained by it still due to it?")
+    return Change({part.path: part.text}, f"Taken back: {part.title}; later changes may have made it useless")

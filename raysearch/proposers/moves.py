@@ -9,19 +9,19 @@ import ast
 import builtins
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from raysearch.errors import UserError
 from raysearch.knobs import (
+    ConstantLine,
     Knob,
     Value,
     Values,
     broken_rule,
     constant_lines,
     fingerprint,
-    format_value,
     read_knobs,
     read_rules,
     rewrite,
@@ -35,7 +35,8 @@ from raysearch.patches import Conflict, align_constants, unified_diff
 from raysearch.proposers import Idea, Request
 
 HUNK_GAP = 2  # equal lines between two changes that still make them one hunk
-_BUILTINS = frozenset(dir(builtins))
+TITLE_CHARS = 60  # of a changed line or value, as people read it
+_BUILTINS = frozenset({*dir(builtins), "__file__"})
 
 Travel = Callable[[Knob, Value, Value], "Value | None"]
 """The new value of a knob here when elsewhere it went from one value to another; None: that cannot be said."""
@@ -79,6 +80,11 @@ class Sieve:
         """Whether that was proposed on the profile, or came to a program that was."""
         return source in request.sources or source in self._given.get(request.profile, ())
 
+    def is_done(self, request: Request, source: str) -> bool:
+        """Whether it was tried, or cannot be made to the program."""
+        base, useless = self._useless.get(request.profile, ("", set[str]()))
+        return self.was_tried(request, source) or (base == request.base and source in useless)
+
     def ideas(self, request: Request, attempts: Iterable[Attempt]) -> list[Idea]:
         """Up to `request.count` ideas, worked out one by one in their order."""
         given = self._given.setdefault(request.profile, set())
@@ -120,7 +126,7 @@ def is_valid(files: Mapping[str, str], changed: Mapping[str, str]) -> bool:
     """Whether changed files are programs still, as far as can be seen without running them.
 
     They parse, every knob is in its range, no rule breaks that held, `train` is there if it was, and no name is used
-    that is bound nowhere any more.
+    that is bound nowhere, unless it was so before.
     """
     for path, text in changed.items():
         if path.endswith(".py") and not _is_program(path, files.get(path, ""), text):
@@ -134,7 +140,7 @@ def _is_program(path: str, old: str, new: str) -> bool:
             before, after = syntax_tree(old), syntax_tree(new)
             if "train" in _functions(before) - _functions(after):
                 return False
-            if _loaded(after) & _bound(before) - _bound(after) - _BUILTINS:
+            if _unbound(after) - _unbound(before):
                 return False
         broken = _broken(old)
         return _broken(new) in (None, broken)
@@ -154,23 +160,27 @@ def _functions(tree: ast.Module) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def _loaded(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+def _unbound(tree: ast.AST) -> set[str]:
+    """Names that are read and bound in no scope of the program."""
+    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = set(bindings(tree))
+    return set() if "*" in bound else loaded - bound - _BUILTINS
 
 
-def _bound(tree: ast.AST) -> set[str]:
-    names: set[str] = set()
+def bindings(tree: ast.AST) -> Iterator[str]:
+    """Every name that is bound, in whatever scope, as often as it is; "*" where an import may bind any."""
     for node in ast.walk(tree):
         match node:
             case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
-                names.add(name)
+                yield name
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                names.add(name)
+                yield name
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
+                yield name
             case ast.alias(name=name, asname=asname):
-                names.add(asname or name.partition(".")[0])
+                yield asname or name.partition(".")[0]
             case _:
                 pass
-    return names
 
 
 # ---- a knob's move ----
@@ -179,9 +189,11 @@ def _bound(tree: ast.AST) -> set[str]:
 def travelled(here: Knob, before: Value, after: Value) -> Value:
     """What a change of a knob elsewhere comes to here.
 
-    With the same value here, or where it is no number, the new value itself. Otherwise its ratio, or its difference
-    where the knob's range holds zero, from the value here; inside the range here.
+    With the same value here, or where it is no number, the new value itself; no change where that is the value already.
+    Otherwise its ratio, or its difference where the knob's range holds zero, from the value here, kept in the range.
     """
+    if same_value(here.value, after):
+        return here.value
     if not (here.is_number and _is_number(before) and _is_number(after)):
         return after
     if here.value == before:
@@ -208,19 +220,22 @@ def described(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """The knobs that differ, as `NAME old → new`."""
     moves: list[str] = []
     for path, text in new.items():
-        if path.endswith(".py") and path in old:
-            before, after = _values(old[path]), _values(text)
-            moves += [
-                f"{name} {format_value(before[name])} → {format_value(value)}"
-                for name, value in after.items()
-                if name in before and not same_value(before[name], value)
-            ]
+        before = _constants(path, old.get(path, ""))
+        moves += [
+            _move(name, before[name], line)
+            for name, line in _constants(path, text).items()
+            if name in before and not same_value(before[name].value, line.value)
+        ]
     return ", ".join(moves)
 
 
-def _values(source: str) -> Values:
+def _move(name: str, before: ConstantLine, after: ConstantLine) -> str:
+    return f"{name} {before.text[:TITLE_CHARS]} → {after.text[:TITLE_CHARS]}"
+
+
+def _constants(path: str, source: str) -> dict[str, ConstantLine]:
     try:
-        return {name: line.value for name, line in constant_lines(source).items()}
+        return constant_lines(source) if path.endswith(".py") else {}
     except UserError:
         return {}
 
@@ -254,23 +269,35 @@ def parts(before: Mapping[str, str], after: Mapping[str, str]) -> list[Part]:
 
 
 def _parts(path: str, old: str, new: str) -> list[Part]:
-    before, after = (_values(text) if path.endswith(".py") else {} for text in (old, new))
-    moved = {name: after[name] for name, value in before.items() if name in after and after[name] != value}
+    before, after = _constants(path, old), _constants(path, new)
+    lines, others = source_lines(old), source_lines(new)
     found: list[Part] = []
-    for name, value in moved.items():
-        title = f"{name} {format_value(before[name])} → {format_value(value)}"
-        found.append(Part(f"{path} {title}", path, title, rewrite(old, {name: value})))
-    aligned = old
+    for name, line in before.items():
+        if name not in after or same_value(line.value, after[name].value):
+            continue
+        title = _move(name, line, after[name])
+        # as it is written there: `rewrite` has four digits, and no 2**19
+        text = _with_line(lines, line, after[name].text)
+        found.append(Part(f"{path} {title}", path, title, "".join(text)))
+        others = _with_line(others, after[name], line.text)
+    aligned, new = old, "".join(others)
     if before and after:  # both are programs: constants that they share read alike, whatever their comments
-        aligned, _, new = align_constants(old, old, rewrite(new, {name: before[name] for name in moved}), path=path)
-    lines, own, theirs = source_lines(old), source_lines(aligned), source_lines(new)
+        aligned, _, new = align_constants(old, old, new, path=path)
+    own, theirs = source_lines(aligned), source_lines(new)
     for start, end, added in _hunks(own, theirs):
         removed = lines[start:end]
         digest = hashlib.sha256("\0".join([*removed, "\1", *added]).encode("utf-8", "replace")).hexdigest()[:12]
         said = next((line.strip() for line in (*removed, *added) if line.strip()), "blank lines")
         text = "".join([*lines[:start], *added, *lines[end:]])
-        found.append(Part(f"{path} {digest}", path, f"{path}:{start + 1} {said[:60]}", text))
+        found.append(Part(f"{path} {digest}", path, f"{path}:{start + 1} {said[:TITLE_CHARS]}", text))
     return found
+
+
+def _with_line(lines: list[str], line: ConstantLine, text: str) -> list[str]:
+    """The lines with another value written in one of them."""
+    old = lines[line.index]
+    end = old.removeprefix(line.head + line.text + line.tail)
+    return [*lines[: line.index], line.with_text(text) + end, *lines[line.index + 1 :]]
 
 
 def _hunks(old: list[str], new: list[str]) -> list[tuple[int, int, list[str]]]:

@@ -30,7 +30,7 @@ class TransferProposer:
 
     def _attempts(self, request: Request) -> Iterator[Attempt]:
         steps = by_promise(request.elsewhere, request.direction)
-        tried = [step for step in steps if self._sieve.was_tried(request, _source(step))]
+        tried = [step for step in steps if self._sieve.is_done(request, _source(step))]
         for step in steps:
             yield Attempt(_source(step), lambda step=step: _carried(step, step.after, request.files))
         for step in tried:  # the whole comes first
