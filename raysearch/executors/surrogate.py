@@ -439,7 +439,7 @@ MOVED = {Regime.MID: 0.4, Regime.LATE: 0.65}  # of each knob's way to the optimu
 GRID = 24  # steps in which a range is searched, three times: each time between the neighbours of the best
 
 
-def start_values(surrogate: Surrogate, regime: Regime) -> Values:
+def starts(surrogate: Surrogate, regime: Regime) -> Values:
     """The program that a search of this regime starts with.
 
     EXHAUSTED is an optimum in each knob, and in depth, width and batch together. MID and LATE have each
