@@ -19,6 +19,8 @@ from raysearch.errors import UserError
 from raysearch.model import Direction
 
 TRAIN_FILE = "train.py"
+SLICE_SHARE = 1 / 16  # of the evaluation, scored at half of the budget; another share would need another margin
+SLICE_ROWS = 8  # at least
 SLOWEST_TOKENS_PER_S = 500  # a budget in tokens is not timed, but a trial slower than this is taken for stuck
 
 
@@ -253,8 +255,20 @@ def _defines_train(tree: ast.Module) -> bool:
     return False
 
 
+def slice_tokens(preset: Preset) -> int:
+    """Tokens that are scored at half of the budget; every trial of a profile is scored on the same."""
+    return min(preset.eval_tokens, max(int(SLICE_SHARE * preset.eval_tokens), SLICE_ROWS * preset.row_tokens))
+
+
 def plan_trial(
-    objective: Objective, preset: Preset | None, budget: Budget, *, device: str, threads: int, holdout: bool, futile_above: float | None = None
+    objective: Objective,
+    preset: Preset | None,
+    budget: Budget,
+    *,
+    device: str,
+    threads: int,
+    holdout: bool,
+    futile_above: float | None = None,
 ) -> RunPlan:
     """How to run one trial of the objective.
 
@@ -265,6 +279,8 @@ def plan_trial(
         device: `cuda` or `cpu`.
         threads: CPU threads of the trial, 0 to leave them alone.
         holdout: Whether the second held-out split is measured as well.
+        futile_above: Of the metric at half of the budget: where the trial is given up. None: it runs to its end. An
+            objective without presets has no half-way value, and always does.
     """
     if preset is None:
         return RunPlan(objective.command, 0.0, objective.timeout_s)
@@ -279,11 +295,14 @@ def plan_trial(
         *budget_arguments,
         "--eval-tokens",
         str(preset.eval_tokens),
+        "--slice-tokens",
+        str(slice_tokens(preset)),
+        *(("--futile-above", repr(futile_above)) if futile_above is not None else ()),
         "--device",
         device,
         *(("--threads", str(threads)) if threads else ()),
         *(("--holdout",) if holdout else ()),
     )
-    evaluations = 2 if holdout else 1
+    evaluations = (2 if holdout else 1) + slice_tokens(preset) / preset.eval_tokens
     total_s = preset.startup_limit_s + training_limit_s + evaluations * preset.evaluation_limit_s
     return RunPlan(command, preset.startup_limit_s, total_s)

@@ -32,6 +32,7 @@ SLOT_MARK = "RAYSEARCH_SLOT"
 RETURNED_FILES = ("run.log", "result.json", "curve.jsonl", "documents.npz", "exit.json")
 
 _EXIT_CODES = {3: Outcome.INVALID, 4: Outcome.OUT_OF_MEMORY}
+_FUTILE_EXIT = 5
 _INFRASTRUCTURE_EXIT = 2  # the harness could not run at all: no data, wrong usage
 
 
@@ -53,6 +54,7 @@ class RunSpec:
         threads: CPU threads of the trial; 0 leaves the number to the libraries.
         niceness: Of the trial's processes.
         out: Folder for what the run leaves; empty lets the worker choose one of its own.
+        futile_above: As the command says it, for executors that run no command.
     """
 
     trial_id: str
@@ -73,7 +75,13 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How an attempt ended; `files` are those that the coordinator cannot see by itself, by name."""
+    """How an attempt ended.
+
+    Attributes:
+        reason: One line for anything but `measured`.
+        halfway: The metric on a slice at half of the budget, where the program measured it.
+        files: Those that the coordinator cannot see by itself, by name.
+    """
 
     outcome: Outcome
     reason: str
@@ -226,12 +234,17 @@ def _measured(out: Path, metric: str, wall_s: float) -> RunResult:
     total_s = result.get("total_seconds", wall_s)
     if not _is_number(total_s) or abs(total_s - wall_s) > max(CLOCK_TOLERANCE_S, 0.1 * wall_s):
         return RunResult(Outcome.INVALID, f"it says that it took {total_s} s; measured from outside: {wall_s:.1f} s")
-    return RunResult(Outcome.MEASURED, "", _measurement(result, float(value), wall_s))
+    halfway = _numbers(result).get("halfway_bpb")
+    return RunResult(Outcome.MEASURED, "", _measurement(result, float(value), wall_s), halfway=halfway)
 
 
 def _failure(code: int, out: Path) -> RunResult:
-    reason = str(_json_or_empty(out / "result.json").get("reason") or "").strip()
+    result = _json_or_empty(out / "result.json")
+    reason = str(result.get("reason") or "").strip()
     said = reason or _last_line(out) or f"exit code {code}"
+    # another command may mean a failure by this code
+    if code == _FUTILE_EXIT and result.get("outcome") == Outcome.FUTILE.value:
+        return RunResult(Outcome.FUTILE, said, halfway=_numbers(result).get("halfway_bpb"))
     if code in _EXIT_CODES:
         return RunResult(_EXIT_CODES[code], said)
     if code == _INFRASTRUCTURE_EXIT and not reason:
@@ -245,7 +258,7 @@ def _failure(code: int, out: Path) -> RunResult:
 
 def _measurement(result: Mapping[str, Any], value: float, wall_s: float) -> Measurement:
     numbers = _numbers(result)  # anything else, NaN included, could not be read back from the journal
-    named = ("training_seconds", "peak_vram_mb", "holdout_bpb")
+    named = ("training_seconds", "peak_vram_mb", "holdout_bpb", "halfway_bpb")
     parts = result.get("seconds")
     return Measurement(
         value=value,

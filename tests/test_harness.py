@@ -108,6 +108,7 @@ def test_a_measured_trial_reports_every_field_of_the_contract(measured: tuple[Ra
         "build",
         "first_step",
         "train",
+        "halfway",
         "eval",
         "holdout",
     }
@@ -212,6 +213,135 @@ def test_a_candidate_that_replaces_the_clock_gains_no_time(data: Path, tmp_path:
         time.perf_counter = real
     assert ran.result["training_seconds"] == pytest.approx(0.3, abs=0.15)
     assert real() - started < 10
+
+
+# ---- half of the budget ----
+
+# registers its model, draws random numbers in every step, counts its calls, and prints its losses
+HALFWAY = (
+    BIGRAM.replace(
+        "        return self.table(tokens)",
+        """        self.calls += 1
+        return F.dropout(self.table(tokens), 0.1, self.training) + 0 * torch.rand(1)""",
+    )
+    .replace(
+        "        self.table = nn.Embedding(vocab_size, vocab_size)\n",
+        "        self.table = nn.Embedding(vocab_size, vocab_size)\n"
+        "        self.register_buffer('calls', torch.zeros(()))\n",
+    )
+    .replace("    model = build(run)\n", "    model = run.model = build(run)\n    model.table.eval()\n")
+    .replace(
+        "        run.step(loss)\n",
+        "        print('loss', loss.item(), model.calls.item(), model.training, model.table.training)\n"
+        "        run.step(loss)\n",
+    )
+)
+
+
+def losses(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
+
+
+def test_the_training_goes_on_bit_by_bit_as_if_nothing_was_scored_half_way(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plain = run_harness(HALFWAY, data, tmp_path / "plain")
+    without = losses(capsys)
+    scored = run_harness(HALFWAY, data, tmp_path / "scored", "--slice-tokens", "128")
+    assert losses(capsys) == without
+    assert len(without) == 8
+    assert scored.result["val_bpb"] == plain.result["val_bpb"]
+    assert plain.result["halfway_bpb"] is None
+    assert scored.result["halfway_bpb"] > scored.result["val_bpb"]
+    assert scored.result["seconds"]["halfway"] > 0
+
+
+def test_the_half_way_score_is_that_of_the_model_at_half_of_the_budget(data: Path, tmp_path: Path):
+    scored = run_harness(registered(BIGRAM), data, tmp_path / "a", "--budget-tokens", "4096", "--slice-tokens", "128")
+    half = run_harness(BIGRAM, data, tmp_path / "b", "--budget-tokens", "2048", "--eval-tokens", "128")
+    assert scored.result["halfway_bpb"] == half.result["val_bpb"]
+
+
+def registered(source: str) -> str:
+    """The program with its model made known to the harness."""
+    assert source.count("    model = build(run)\n") == 1
+    return source.replace("    model = build(run)\n", "    model = run.model = build(run)\n")
+
+
+def test_the_slice_stops_the_clock_of_the_budget(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "OVERTIME_S", 0.5)
+    slow_once = "logits if self.training or self.scored else (time.sleep(2), setattr(self, 'scored', True), logits)[2]"
+    source = registered(instead("\ndef train(run):", ATTEND.format(slow_once)))
+    source = source.replace("class Leaky(Model):", "class Leaky(Model):\n    scored = False")
+    ran = run_harness(source, data, tmp_path, "--budget-s", "0.8", "--slice-tokens", "128")
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+    assert ran.result["training_seconds"] < 2 <= ran.result["seconds"]["halfway"]
+    steps = [json.loads(line) for line in (ran.out / "curve.jsonl").read_text().splitlines()]
+    assert steps[-1]["seconds"] == pytest.approx(ran.result["training_seconds"], abs=0.01)
+
+
+def test_a_trial_that_is_too_far_behind_ends_as_futile_at_half_of_its_budget(data: Path, tmp_path: Path):
+    ran = run_harness(registered(BIGRAM), data, tmp_path, "--slice-tokens", "128", "--futile-above", "0.5")
+    assert (ran.exit_code, ran.result["outcome"]) == (5, "futile")
+    assert ran.result["num_steps"] == 4
+    assert ran.result["val_bpb"] is None
+    assert re.fullmatch(
+        rf"{ran.result['halfway_bpb']:.6f} bits per byte .* half of the budget, wanted at most 0.500000",
+        ran.result["reason"],
+    )
+
+
+def test_a_trial_that_is_not_behind_runs_to_its_end(data: Path, tmp_path: Path):
+    ran = run_harness(registered(BIGRAM), data, tmp_path, "--slice-tokens", "128", "--futile-above", "50")
+    assert ran.result["outcome"] == "measured"
+    assert ran.result["num_steps"] == 8
+
+
+def test_a_candidate_that_catches_the_end_at_half_time_gains_no_score(data: Path, tmp_path: Path):
+    old, new = "        run.step(loss)\n", "        try: run.step(loss)\n        except Exception: pass\n"
+    source = registered(instead(old, new))
+    ran = run_harness(source, data, tmp_path, "--slice-tokens", "128", "--futile-above", "0.5")
+    assert (ran.exit_code, ran.result["outcome"]) == (5, "futile")
+
+
+def test_a_slice_that_is_not_finite_is_futile_where_a_limit_is_set(data: Path, tmp_path: Path):
+    nan_once = "logits if self.training or self.scored else logits + (torch.nan, setattr(self, 'scored', True))[0]"
+    source = registered(instead("\ndef train(run):", ATTEND.format(nan_once)))
+    source = source.replace("class Leaky(Model):", "class Leaky(Model):\n    scored = False")
+    limited = run_harness(source, data, tmp_path / "a", "--slice-tokens", "128", "--futile-above", "50")
+    assert (limited.exit_code, limited.result["halfway_bpb"]) == (5, None)
+    assert limited.result["reason"].startswith("nan bits per byte")
+    free = run_harness(source, data, tmp_path / "b", "--slice-tokens", "128")
+    assert (free.exit_code, free.result["halfway_bpb"]) == (0, None)
+
+
+def test_a_program_that_makes_no_model_known_has_no_half_way_score(data: Path, tmp_path: Path):
+    ran = run_harness(BIGRAM, data, tmp_path, "--slice-tokens", "128", "--futile-above", "0.5")
+    assert (ran.result["outcome"], ran.result["halfway_bpb"]) == ("measured", None)
+
+
+def test_a_model_that_cannot_be_scored_yet_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = registered(BIGRAM).replace("    return model\n", "    model.ready = True\n    return model\n")
+    source = source.replace(
+        "        return self.table(tokens)\n",
+        "        if not (self.training or hasattr(self, 'ready')): raise KeyError('averages')\n"
+        "        return self.table(tokens)\n",
+    )
+    ran = run_harness(source, data, tmp_path, "--slice-tokens", "128", "--futile-above", "0.5")
+    assert (ran.result["outcome"], ran.result["halfway_bpb"]) == ("measured", None)
+    assert "half-way: no score: KeyError: 'averages'" in capsys.readouterr().out
+
+
+def test_the_slice_is_scored_in_batches_of_the_evaluation_s_shape(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source = registered(BIGRAM).replace(
+        "        return self.table(tokens)\n",
+        "        if not self.training: print('shape', *tokens.shape)\n        return self.table(tokens)\n",
+    )
+    run_harness(source, data, tmp_path, "--slice-tokens", "64")
+    seen = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shape")]
+    assert seen[:2] == [f"shape 24 {ROW_TOKENS}"] * 2  # the slice, of two rows; then the evaluation
 
 
 # ---- the order of the data ----
@@ -410,6 +540,9 @@ def phase_in(out: Path) -> str:
         ([], "--budget-s --budget-tokens is required"),
         (["--budget-s", "nan"], "'nan'"),
         (["--budget-s", "3", "--device", "tpu"], "'tpu'"),
+        (["--budget-s", "3", "--slice-tokens", "-1"], "invalid whole number value: '-1'"),
+        (["--budget-s", "3", "--slice-tokens", "9", "--futile-above", "nan"], "invalid finite number value: 'nan'"),
+        (["--budget-s", "3", "--futile-above", "1"], "--futile-above without --slice-tokens"),
     ],
 )
 def test_a_wrong_call_costs_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]):

@@ -226,6 +226,32 @@ def test_a_trial_gets_an_environment_made_on_purpose(tmp_path: Path):
     assert signals == "0 SIG_DFL"
 
 
+HALF = """
+import json, sys
+json.dump({{'score': 1.0, 'outcome': {outcome!r}, 'reason': '1.2 above 1.1', 'halfway_bpb': {half}}},
+          open('../result.json', 'w'))
+sys.exit({code})
+"""
+
+
+def test_a_futile_trial_says_where_it_stood_half_way(tmp_path: Path):
+    result = run(tmp_path, HALF.format(outcome="futile", half=1.25, code=5))
+    assert (result.outcome, result.reason, result.halfway) == (Outcome.FUTILE, "1.2 above 1.1", 1.25)
+    assert run(tmp_path, HALF.format(outcome="futile", half="None", code=5)).halfway is None
+
+
+def test_a_measured_trial_keeps_its_half_way_value_apart_from_its_facts(tmp_path: Path):
+    result = run(tmp_path, HALF.format(outcome="measured", half=1.25, code=0))
+    assert (result.outcome, result.halfway) == (Outcome.MEASURED, 1.25)
+    assert result.measurement is not None
+    assert set(result.measurement.facts) == {"score"}
+
+
+def test_a_command_that_ends_with_5_for_reasons_of_its_own_has_crashed(tmp_path: Path):
+    result = run(tmp_path, "import sys; print('no tests ran'); sys.exit(5)")
+    assert (result.outcome, result.reason, result.halfway) == (Outcome.CRASHED, "no tests ran", None)
+
+
 def test_numbers_that_the_journal_could_not_hold_are_left_out(tmp_path: Path):
     program = """
 import json, math

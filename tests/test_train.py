@@ -251,6 +251,12 @@ def test_it_learns_and_repeats_itself_bit_by_bit(data: Path, tmp_path: Path):
     assert runs[0].result["depth"] == 2
 
 
+def test_it_is_scored_half_way_and_trains_on_bit_by_bit(data: Path, tmp_path: Path):
+    plain = run_harness(program(**TINY), data, tmp_path / "a")
+    scored = run_harness(program(**TINY), data, tmp_path / "b", "--slice-tokens", "256")
+    assert scored.result["halfway_bpb"] > scored.result["val_bpb"] == plain.result["val_bpb"]
+
+
 def test_gradient_accumulation_changes_no_more_than_rounding(data: Path, tmp_path: Path):
     scores = []
     for rows in (16, 4):

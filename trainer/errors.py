@@ -11,3 +11,7 @@ class ContractError(Exception):
 
 class TrainingFailure(Exception):
     """The candidate's training went wrong by itself, without an exception of its own."""
+
+
+class Futile(Exception):
+    """The candidate is too far behind at half of the budget: its training ends there."""

@@ -3,8 +3,10 @@
 It calls the model and computes everything else itself; it does not know how the model was trained.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +58,7 @@ def evaluate(
         ContractError: Logits of a wrong shape or type, not finite, or that depend on later tokens, on other rows of the
             batch, or on earlier calls.
     """
-    wanted = len(split.rows) if tokens is None else max(1, tokens // data.row_tokens)
-    rows = split.rows[: min(wanted, len(split.rows))]
-    batch_rows = max(1, min(evaluation_batch_tokens(device) // data.row_tokens, len(rows)))
+    rows, batch_rows = _scored(split, data, tokens, device)
     while True:
         try:
             scorer = Scorer(model, device, data.vocab_size)
@@ -74,6 +74,75 @@ def evaluate(
     assert split.index is not None
     doc, doc_nats, doc_bytes = by_document(rows, nats, split.index, data.token_bytes)
     return Score(doc, doc_nats, doc_bytes, rows.shape[0] * data.row_tokens)
+
+
+def evaluate_slice(
+    model: Any,
+    split: Split,
+    data: Data,
+    *,
+    tokens: int,
+    of_tokens: int | None,
+    device: torch.device,
+    reporter: Reporter,
+    phase: str,
+) -> float:
+    """Scores a model in the middle of its training on the first of the rows that `evaluate` scores; checks nothing.
+
+    The batches have the shape of those of `evaluate`, so that a compiled model is compiled for both at once. The
+    training goes on as if nothing had happened: modes, buffers and random numbers are afterwards as they were.
+
+    Args:
+        model: Maps tokens (B, T) to logits (B, T, V).
+        split: With an index of its documents.
+        data: For the sizes of tokens, rows and vocabulary.
+        tokens: How many tokens to score, rounded down to whole rows.
+        of_tokens: The `tokens` of the later `evaluate`.
+        device: Where the model is.
+        reporter: Is told the progress.
+        phase: Under this name.
+
+    Returns:
+        Bits per byte; not finite if the logits are not.
+
+    Raises:
+        ContractError: Logits of a wrong shape or type.
+    """
+    rows, batch_rows = _scored(split, data, of_tokens, device)
+    rows = rows[: max(1, tokens // data.row_tokens)]
+    with _untouched(model, device):
+        model.eval()
+        scorer = Scorer(model, device, data.vocab_size)
+        nats = scorer.costs(rows, batch_rows, lambda share: reporter.phase(phase, share))
+    assert split.index is not None
+    _, doc_nats, doc_bytes = by_document(rows, nats, split.index, data.token_bytes)
+    return float(doc_nats.sum() / math.log(2) / doc_bytes.sum())
+
+
+def _scored(split: Split, data: Data, tokens: int | None, device: torch.device) -> tuple[np.ndarray, int]:
+    """The rows that count, and how many of them make a batch."""
+    wanted = len(split.rows) if tokens is None else max(1, tokens // data.row_tokens)
+    rows = split.rows[: min(wanted, len(split.rows))]
+    return rows, max(1, min(evaluation_batch_tokens(device) // data.row_tokens, len(rows)))
+
+
+@contextlib.contextmanager
+def _untouched(model: Any, device: torch.device) -> Iterator[None]:
+    """Puts back what calling a model may change."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    chance, numpy_chance = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(chance)
+        np.random.set_state(numpy_chance)
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def evaluation_batch_tokens(device: torch.device) -> int:
@@ -122,8 +191,15 @@ class Scorer:
         """Cross-entropy of each row's tokens 1 … T, float64 (N, T).
 
         Raises:
-            ContractError: The logits are not what the contract says.
+            ContractError: The logits are not what the contract says, or not finite.
         """
+        result = self.costs(rows, batch_rows, progress)
+        if not np.isfinite(result).all():
+            raise ContractError("the model's logits are not finite on the validation rows")
+        return result
+
+    def costs(self, rows: np.ndarray, batch_rows: int, progress: Callable[[float], None]) -> np.ndarray:
+        """As `nats`, but what is not finite is for the caller to judge."""
         result = np.empty((len(rows), rows.shape[1] - 1), np.float64)
         for first in range(0, len(rows), batch_rows):
             progress(first / len(rows))
@@ -131,8 +207,6 @@ class Scorer:
             losses = self._losses(self.logits(batch[:, :-1]), batch[:, 1:])
             kept = min(batch_rows, len(rows) - first)
             result[first : first + kept] = losses[:kept].cpu().numpy()
-        if not np.isfinite(result).all():
-            raise ContractError("the model's logits are not finite on the validation rows")
         return result
 
     def check_honesty(self, rows: np.ndarray, nats: np.ndarray) -> None:

@@ -33,10 +33,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     budget.add_argument("--budget-s", type=_positive(float), help="seconds of training, from the end of the first step")
     budget.add_argument("--budget-tokens", type=_positive(int), help="tokens of training instead: reproducible")
     parser.add_argument("--eval-tokens", type=_positive(int), help="tokens to score (whole rows); default: all")
+    parser.add_argument(
+        "--slice-tokens", type=_whole, help="of these, tokens to score at half of the budget; default: 0"
+    )
+    parser.add_argument(
+        "--futile-above", type=_finite, help="bits per byte of that slice above which the trial ends there"
+    )
     parser.add_argument("--holdout", action="store_true", help="score the second held-out split too")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=_positive(int), help="CPU threads of this process")
-    return parser.parse_args(arguments)
+    read = parser.parse_args(arguments)
+    if read.futile_above is not None and not read.slice_tokens:
+        parser.error("--futile-above without --slice-tokens: there is nothing to compare with; give both")
+    return read
 
 
 def _positive(kind: type):
@@ -48,6 +57,23 @@ def _positive(kind: type):
 
     convert.__name__ = f"positive {kind.__name__}"
     return convert
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not -float("inf") < value < float("inf"):
+        raise ValueError
+    return value
+
+
+_whole.__name__, _finite.__name__ = "whole number", "finite number"
 
 
 def _fail(message: str) -> int:
@@ -78,6 +104,7 @@ if __name__ == "__main__":
 
 import hashlib
 import importlib.machinery
+import math
 import random
 import signal
 import traceback
@@ -89,8 +116,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.errors import ContractError, TrainingFailure, UsageError
-from trainer.evaluation import evaluate
+from trainer.errors import ContractError, Futile, TrainingFailure, UsageError
+from trainer.evaluation import evaluate, evaluate_slice
 from trainer.reporter import Reporter, write_json
 from trainer.rows import load_data
 from trainer.run import Run
@@ -98,7 +125,7 @@ from trainer.telemetry import flops_per_token, memory_mb, parameters_of, peak_tf
 
 _IMPORTED_AT = _wall_clock()
 
-EXIT_CODES = {"measured": 0, "crashed": 1, "invalid": 3, "out_of_memory": 4}
+EXIT_CODES = {"measured": 0, "crashed": 1, "invalid": 3, "out_of_memory": 4, "futile": 5}
 
 
 def load_candidate(path: Path) -> Callable[[Run], Any]:
@@ -151,10 +178,12 @@ class Trial:
             budget_tokens=arguments.budget_tokens,
             reporter=self.reporter,
             program_sha256=hashlib.sha256(program).hexdigest(),
+            at_half=self._halfway if arguments.slice_tokens else None,
         )
         self.seconds = {"start": _FIRST_LINE_AT - spawned_at(_FIRST_LINE_AT), "import": _IMPORTED_AT - _FIRST_LINE_AT}
         self.seconds["data"] = _clock() - created
         self.result: dict[str, Any] = {"outcome": "crashed", "reason": "", "val_bpb": None, "holdout_bpb": None}
+        self.result["halfway_bpb"] = None
 
     def perform(self) -> str:
         """Trains and scores; returns the outcome, with the reason in `result`."""
@@ -163,6 +192,8 @@ class Trial:
             self._score(model)
         except (ContractError, TrainingFailure) as error:
             return self._end("invalid" if isinstance(error, ContractError) else "crashed", str(error))
+        except Futile as error:
+            return self._end("futile", str(error))
         except BaseException as error:  # noqa: BLE001  # the candidate may raise anything, SystemExit included
             if is_out_of_memory(error):
                 return self._out_of_memory(error)
@@ -188,6 +219,33 @@ class Trial:
         if not isinstance(model, torch.nn.Module):
             raise ContractError(f"train(run) returned {type(model).__name__}; it must return the model, an nn.Module")
         return model
+
+    def _halfway(self, model: torch.nn.Module) -> None:
+        """Scores the slice; a slice that cannot be scored decides nothing, for the model is not finished yet.
+
+        Raises:
+            Futile: It is worse than the caller wants to see, or not finite.
+        """
+        started, limit = _clock(), self.arguments.futile_above
+        try:
+            bpb = evaluate_slice(
+                model,
+                self.data.splits["val"],
+                self.data,
+                tokens=self.arguments.slice_tokens,
+                of_tokens=self.arguments.eval_tokens,
+                device=self.device,
+                reporter=self.reporter,
+                phase="halfway",
+            )
+        except Exception as error:  # noqa: BLE001  # the candidate may raise anything
+            print(f"half-way: no score: {type(error).__name__}: {error}".partition("\n")[0], flush=True)
+            return
+        finally:
+            self.seconds["halfway"] = _clock() - started
+        self.result["halfway_bpb"] = bpb if math.isfinite(bpb) else None
+        if limit is not None and not bpb <= limit:
+            raise Futile(f"{bpb:.6f} bits per byte on a slice at half of the budget, wanted at most {limit:.6f}")
 
     def _score(self, model: torch.nn.Module) -> None:
         record = self.run.record
@@ -234,7 +292,14 @@ class Trial:
     def _end(self, outcome: str, reason: str) -> str:
         """Writes result.json, whatever happened before."""
         record = self.run.record
-        seconds = {"build": 0.0, "first_step": 0.0, "train": 0.0, "eval": 0.0, "holdout": 0.0} | self.seconds
+        seconds = {
+            "build": 0.0,
+            "first_step": 0.0,
+            "train": 0.0,
+            "halfway": 0.0,
+            "eval": 0.0,
+            "holdout": 0.0,
+        } | self.seconds
         absent = dict.fromkeys(("mfu_percent", "num_params", "depth", "flops_per_token", "evaluation"))
         if outcome != "measured":
             self.result |= {"val_bpb": None, "holdout_bpb": None}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.errors import ContractError, TrainingFailure
+from trainer.errors import ContractError, Futile, TrainingFailure
 from trainer.micro_batch import MicroBatchFinder, micro_batch_choices
 from trainer.reporter import Reporter
 from trainer.rows import Data, TokenStream
@@ -33,6 +33,9 @@ class Run:
         progress: Share of the budget that was spent when the last step ended, 0 to 1. It stays 0 until the first step
             ends, because compilation is free.
         done: Whether the budget is spent.
+        model: What may be scored on a small slice at half of the budget, in eval mode, so that a hopeless trial can end
+            there: what `micro_batch` was called with. A program that returns another model (an average of the weights)
+            sets it to that one, or to None; then the trial always runs to its end.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class Run:
         budget_tokens: int | None,
         reporter: Reporter,
         program_sha256: str,
+        at_half: Callable[[torch.nn.Module], None] | None = None,
     ):
         self.device, self.seed = device, seed
         self.vocab_size, self.row_tokens = data.vocab_size, data.row_tokens
         self.budget_s, self.budget_tokens = budget_s, budget_tokens
         self.progress, self.done = 0.0, False
-        self._reporter, self._program_sha256 = reporter, program_sha256
+        self.model: torch.nn.Module | None = None
+        self._reporter, self._program_sha256, self._at_half = reporter, program_sha256, at_half
         self._stream = TokenStream(data.splits["train"].rows, seed=seed)
         self._ahead: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
         self._violation: Exception | None = None
@@ -111,6 +116,7 @@ class Run:
             choices = micro_batch_choices(total_tokens, seq_len, at_most)
         except ContractError as error:
             raise self._violated(error) from None
+        self.model = model
         if self.device.type != "cuda":
             return max((rows for rows in choices if rows * seq_len <= CPU_MICRO_BATCH_TOKENS), default=1)
         x, y = self._load(0, choices[-1], seq_len)
@@ -123,6 +129,7 @@ class Run:
 
         Raises:
             TrainingFailure: The loss is not finite.
+            Futile: Half of the budget is spent, and the model is too far behind.
             ContractError: There was no batch since the last step, or the budget was spent before.
         """
         record = self.record
@@ -166,6 +173,22 @@ class Run:
             progress=self.progress,
             note=f"{record.tokens_per_s:,.0f} tokens/s | {record.training_s:.1f} s",
         )
+        if self.progress >= 0.5 and self._at_half is not None:
+            if self.model is not None and not self.done:
+                self._look(self.model, self._at_half)
+            self._at_half = None
+
+    def _look(self, model: torch.nn.Module, at_half: Callable[[torch.nn.Module], None]) -> None:
+        """Has the model scored while the budget's clock stands still."""
+        started = _clock()
+        try:
+            at_half(model)
+        except Futile as error:
+            raise self._violated(error) from None
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.record.paused_s += _clock() - started
 
     def _load(self, position: int, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = (torch.from_numpy(a).view(rows, seq_len) for a in self._stream.pairs(position, rows * seq_len))
@@ -198,7 +221,7 @@ class Run:
                 "the first is not timed, so it may not do more"
             )
         assert record.first_step_at is not None
-        spent_s = _clock() - record.first_step_at
+        spent_s = _clock() - record.first_step_at - record.paused_s
         if self.budget_s is not None and spent_s > self.budget_s * (1 + OVERTIME_SHARE) + OVERTIME_S:
             raise ContractError(
                 f"train(run) took {spent_s:.1f} s after its first step, the budget is {self.budget_s:g} s"
@@ -216,6 +239,7 @@ class TrainingRecord:
     first_batch_at: float | None = None
     first_step_at: float | None = None
     training_s: float = 0.0
+    paused_s: float = 0.0
     batch_shape: tuple[int, int] | None = None
     micro_batch_finder: "MicroBatchFinder | None" = None
 
@@ -225,7 +249,7 @@ class TrainingRecord:
         self.tokens_at_steps = self.tokens
         if self.first_step_at is None:
             self.first_step_at, self.first_step_tokens = now, self.tokens
-        self.training_s = now - self.first_step_at
+        self.training_s = now - self.first_step_at - self.paused_s
 
     @property
     def step_s(self) -> float:
