@@ -116,6 +116,19 @@ def test_ablate_leaves_what_the_rest_needs():
     assert AblateProposer().ask(request(PROGRAM, origin={"train.py": other})) == []
 
 
+@pytest.mark.parametrize(("first", "now"), [("2**4", "5"), ("12345.678", "3.0"), ("1e999", "2.0"), ("'a'", "'b\\n'")])
+def test_ablate_writes_a_first_value_as_it_was_written(tmp_path: Path, first: str, now: str):
+    """Neither with four digits, nor without the power."""
+    origin, grown = (PROGRAM.replace("CAP = 15.0", f"CAP = {value}  # why") for value in (first, now))
+    asked = request(grown, origin={"train.py": origin})
+    assert fingerprint({"train.py": next(iter(programs(AblateProposer(), asked, tmp_path).values()))}) == fingerprint(
+        {"train.py": origin}
+    )
+    (idea,) = AblateProposer().ask(asked)
+    assert f"CAP {now} → {first}" in idea.hypothesis
+    assert f"+CAP = {first}  " in idea.patch
+
+
 def test_ablate_makes_nothing_of_comments_and_layout():
     origin = PROGRAM.replace("step size", "another word").replace("LR = 0.02  #", "LR = 0.02      #") + "\n\n# an end\n"
     assert AblateProposer().ask(request(PROGRAM, origin={"train.py": origin})) == []
@@ -254,6 +267,39 @@ def test_a_name_that_another_file_mentions_is_used():
     ]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def pick():\n    global FAST\n    FAST = True",
+        "if run:\n    FAST = True",
+        "for FAST in (1,):\n    pass",
+        "def two(FAST):\n    return FAST",
+        "from run import *",
+    ],
+)
+def test_a_constant_that_something_else_may_set_decides_no_test(other: str):
+    source = f"FAST = False\n{other}\n\n\ndef train(run):\n    if FAST:\n        return 1\n    return 2\n"
+    assert not [cut for cut in find_cuts(source) if "FAST" in cut.what]
+
+
+def test_a_comment_goes_with_what_it_is_about_and_stays_with_what_is_left():
+    source = (
+        "# First.\nA = 1\n\n# A group.\nB = 2\nC = 3\n\n# Of D,\n# and no more.\nD = 4\n\n"
+        "# rule: C > 1\nE = 5\n\n\ndef train(run):\n    return C\n"
+    )
+    cuts = {cut.what.partition(",")[0]: cut.applied(source) for cut in find_cuts(source)}
+    assert cuts == {
+        "A": source.replace("A = 1\n\n", ""),
+        "B": source.replace("B = 2\n", ""),
+        "D": source.replace("# Of D,\n# and no more.\nD = 4\n\n", ""),
+        "E": source.replace("E = 5\n\n\n", ""),
+    }
+
+
+def test_an_import_for_what_it_does_stays():
+    assert find_cuts("import a.b\nimport c.d as e\n\n\ndef train(run):\n    return 1\n")[0].what.startswith("e,")
+
+
 def test_the_bundled_trainer_has_nothing_that_can_be_cut():
     source = (Path(__file__).parent.parent / "trainer" / "train.py").read_text()
     assert find_cuts(source) == []
@@ -280,6 +326,7 @@ def transferred(before: str, after: str, here: str, folder: Path) -> str | None:
         ({"WIDTH": 16}, {"WIDTH": 32}, None),
         ({"MODE": "odd"}, {"MODE": "fast"}, {"MODE": "fast"}),
         ({"MODE": "fast"}, {"MODE": "fast"}, None),
+        ({"LR": 0.03}, {"LR": 0.03}, {"LR": 0.045}),
         ({"DEPTH": 1, "LR": 0.1}, {"DEPTH": 3, "LR": 0.01}, {"DEPTH": 1, "LR": 0.05}),
         ({"CAP": 15.0}, {"CAP": 10.0}, {"CAP": 10.0}),
         ({"CAP": 20.0}, {"CAP": 10.0}, None),
@@ -349,6 +396,24 @@ def test_parts_of_a_step_come_after_the_whole_was_tried(tmp_path: Path):
     }
     assert {idea.source for idea in proposer.ask(asked)} == set(later)
     assert proposer.ask(asked) == []
+
+
+def test_parts_come_at_once_where_the_whole_cannot_be_made(tmp_path: Path):
+    ours = rewrite(PROGRAM, {"DEPTH": 12})
+    after = rewrite(PROGRAM, {"LR": 0.03, "WIDTH": 128})  # 12 * 128 > 1024
+    asked = request(ours, elsewhere=(step(PROGRAM, after),))
+    proposer = TransferProposer()
+    assert proposer.ask(asked) == []
+    assert list(programs(proposer, asked, tmp_path).values()) == [rewrite(ours, {"LR": 0.03})]
+
+
+def test_a_part_that_needs_another_is_left_out(tmp_path: Path):
+    """A call is no change without the function that it calls; the function alone changes nothing, but is a program."""
+    helper = "def more(x):\n    return x + 1\n\n\n"
+    after = PROGRAM.replace("def scaled", f"{helper}def scaled").replace("return fifth", "return more(fifth)")
+    asked = request(PROGRAM, elsewhere=(step(PROGRAM, after),), sources={"transfer s1"})
+    found = programs(TransferProposer(), asked, tmp_path)
+    assert list(found.values()) == [PROGRAM.replace("def scaled", f"{helper}def scaled")]
 
 
 def test_a_step_of_one_change_has_no_parts():

@@ -31,7 +31,7 @@ class CombineProposer:
 
     def _attempts(self, request: Request) -> Iterator[Attempt]:
         ways: dict[str, tuple[Travel, str]] = {
-            "on top": (travelled, "its change on top of the champion's"),
+            "on top": (_on_top, "its change on top of the champion's"),
             "middle": (_between, "the middle of both"),
         }
         for win in reversed(request.unmerged):
@@ -67,6 +67,10 @@ def _clashes(path: str, win: Step, request: Request) -> bool:
         and not any(same_value(knob.value, side[name].value) for side in (before, after))
         for name, knob in ours.items()
     )
+
+
+def _on_top(here: Knob, before: Value, after: Value) -> Value:
+    return here.value if same_value(here.value, after) else travelled(here, before, after)
 
 
 def _between(here: Knob, before: Value, after: Value) -> Value | None:

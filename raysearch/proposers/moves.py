@@ -189,11 +189,9 @@ def bindings(tree: ast.AST) -> Iterator[str]:
 def travelled(here: Knob, before: Value, after: Value) -> Value:
     """What a change of a knob elsewhere comes to here.
 
-    With the same value here, or where it is no number, the new value itself; no change where that is the value already.
-    Otherwise its ratio, or its difference where the knob's range holds zero, from the value here, kept in the range.
+    With the same value here, or where it is no number, the new value itself. Otherwise its ratio, or its difference
+    where the knob's range holds zero, from the value here; inside the range here.
     """
-    if same_value(here.value, after):
-        return here.value
     if not (here.is_number and _is_number(before) and _is_number(after)):
         return after
     if here.value == before:

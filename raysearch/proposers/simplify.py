@@ -29,7 +29,7 @@ from raysearch.knobs import (
 )
 from raysearch.model import Operator
 from raysearch.proposers import Idea, Request, Told
-from raysearch.proposers.moves import Attempt, Change, Sieve
+from raysearch.proposers.moves import Attempt, Change, Sieve, bindings
 
 NEAR = 0.03  # of a knob's range: a move that a run could hardly show
 NEAR_FIRST = 0.06  # the same for the way back to the first value, which has more to be said for it
@@ -172,7 +172,12 @@ def find_cuts(source: str, others: str = "") -> list[Cut]:
     tree, lines = syntax_tree(source), source_lines(source)
     cuts = _unused(tree, lines, others)
     knobs = read_knobs(source)
-    fixed = {name: line.value for name, line in constant_lines(source).items() if name not in knobs}
+    bound = Counter(bindings(tree))
+    fixed = {
+        name: line.value
+        for name, line in constant_lines(source).items()
+        if name not in knobs and bound[name] == 1 and not bound["*"]  # no `global`, no local of that name
+    }
     outermost = [node for top in tree.body for node in _functions(top)]
     for function in outermost:
         read = Counter(_reads(function))
@@ -194,11 +199,23 @@ def _unused(tree: ast.Module, lines: list[str], others: str) -> list[Cut]:
             read[name] == own[name] and bound[name] == 1 and name not in others and not _is_kept(name) for name in names
         )
         if idle and _owns_lines(node, lines):
-            start, end = _extent(node)
-            while end < len(lines) and not lines[end].strip():
-                end += 1
+            start, end = _with_comment(node, lines)
             cuts.append(Cut(start, end, f"{', '.join(names)}, which nothing uses"))
     return cuts
+
+
+def _with_comment(node: ast.stmt, lines: list[str]) -> tuple[int, int]:
+    """The extent of a definition with the blank lines after it, and the comment above if it is about nothing else."""
+    start, after = _extent(node)
+    end = next((i for i in range(after, len(lines)) if lines[i].strip()), len(lines))
+    top = start
+    while top > 0 and lines[top - 1].startswith("#"):
+        top -= 1
+    comment = lines[top:start]
+    is_own = end > after and 0 < top < start and not lines[top - 1].strip()
+    if is_own and not any(line.startswith(("# rule:", "# --", "# ==")) for line in comment):
+        return top, end
+    return start, end
 
 
 def _is_kept(name: str) -> bool:
@@ -214,8 +231,9 @@ def _defined(node: ast.stmt) -> list[str]:
             return [name]
         case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value) if _is_pure(value):
             return [name]
-        case ast.Import(names=aliases):
-            return [alias.asname or alias.name.partition(".")[0] for alias in aliases]
+        # `import a.b` that nothing reads is there for what it does
+        case ast.Import(names=aliases) if all(alias.asname or "." not in alias.name for alias in aliases):
+            return [alias.asname or alias.name for alias in aliases]
         case ast.ImportFrom(module=module, names=aliases) if module != "__future__":
             return [alias.asname or alias.name for alias in aliases]
         case _:
