@@ -289,6 +289,58 @@ def test_a_simulation_does_not_wait_for_the_disk_and_is_read_like_any_other(path
     journal.close()
 
 
+def test_a_batch_reaches_readers_and_the_disk_at_its_end(path: Path):
+    with opened(path, writer=True) as journal, opened(path, writer=False) as reader:
+        with journal.batch(), journal.batch():
+            for number in (1, 2):
+                assert journal.append(ended(number), seq=number, at=1.0).event == ended(number)
+            assert list(reader.read()) == []
+            assert len(list(journal.read())) == 2
+        assert [record.event for record in reader.read()] == [ended(1), ended(2)]
+        journal.append(ended(3), seq=3, at=1.0)  # on its own again
+        assert len(list(reader.read())) == 3
+
+
+def append_in_batch(journal: Journal, *events: tuple[int, Event]) -> None:
+    with journal.batch():
+        for seq, event in events:
+            journal.append(event, seq=seq, at=1.0)
+        raise ZeroDivisionError
+
+
+def test_a_batch_that_fails_keeps_what_it_has_appended(path: Path):
+    with opened(path, writer=True) as journal, opened(path, writer=False) as reader:
+        with pytest.raises(ZeroDivisionError):
+            append_in_batch(journal, (1, ended(1)))
+        with pytest.raises(UserError, match="event 2 is there already"):
+            append_in_batch(journal, (2, ended(2)), (2, ended(3)))
+        journal.append(ended(3), seq=3, at=1.0)
+        assert [record.event for record in reader.read()] == [ended(1), ended(2), ended(3)]
+
+
+def test_a_disk_that_is_full_within_a_batch_is_one_error_and_leaves_the_journal_whole(path: Path):
+    with opened(path, writer=True) as journal:
+        journal.append(ended(1), seq=1, at=1.0)
+        pages = journal._db.execute("PRAGMA page_count").fetchone()[0]  # pyright: ignore[reportPrivateUsage]
+        journal._db.execute(f"PRAGMA max_page_count={pages}")  # pyright: ignore[reportPrivateUsage]
+        with pytest.raises(UserError, match="full; every event must be on the disk"):
+            append_in_batch(journal, (2, ended(2)), (3, SessionEnded("x" * 100_000)))
+        journal._db.execute(f"PRAGMA max_page_count={pages + 100}")  # pyright: ignore[reportPrivateUsage]
+        left = list(journal.read())
+        assert [record.event for record in left] == [ended(1), ended(2)][: len(left)]
+        journal.append(ended(3), seq=len(left) + 1, at=1.0)
+
+
+def test_a_kill_within_a_batch_leaves_nothing_of_it(path: Path):
+    code = "import os, sys; from pathlib import Path; from raysearch.journal import Journal\n"
+    code += "from raysearch.model import SessionEnded\njournal = Journal(Path(sys.argv[1]), writer=True)\n"
+    code += "journal.append(SessionEnded('a'), seq=1, at=1.0)\nwith journal.batch():\n"
+    code += "    journal.append(SessionEnded('b'), seq=2, at=1.0)\n    os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -signal.SIGKILL
+    with opened(path, writer=False) as journal:
+        assert [record.event for record in journal.read()] == [SessionEnded("a")]
+
+
 def test_a_journal_that_was_killed_at_its_birth_is_empty_and_not_wrong(path: Path):
     path.touch()
     with opened(path, writer=False) as reader:
