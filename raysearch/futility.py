@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from raysearch.model import Direction
 
 LOST_WINS = 1 / 200  # of the true wins, at most: what the margin is made for
-RECENT = 200  # hopeful runs that are looked at: one far out among them is enough to widen the margin past it
+RECENT = 200  # hopeful runs that are looked at: the next of their kind is beyond the farthest in one case of 201
 REMEMBERED = 1000  # runs among which they are looked for
 FEWEST = 30  # hopeful runs before anything is stopped
+SPREADS = 10.0  # beyond the farthest: kinds of changes that are rare, and the time when few runs are known
 SIGMAS = 4.0  # of a difference between two runs: a run that ended within that may be a win
+NORMAL_QUARTILES = 1.349  # standard deviations between the quartiles of a normal distribution
 SPARED_IN = 10  # one candidate in so many always runs to its end, so that the margin sees what it would cut off
 
 
@@ -31,6 +33,7 @@ class Futility:
 
     direction: Direction
     _pairs: deque[tuple[float, float]] = field(default_factory=lambda: deque[tuple[float, float]](maxlen=REMEMBERED))
+    _known: tuple[float, float | None] | None = field(default=None, compare=False, repr=False)  # by noise, until `add`
 
     def add(self, half_delta: float, final_delta: float) -> None:
         """Takes in a run that went to its end; constant time.
@@ -41,6 +44,7 @@ class Futility:
         """
         if math.isfinite(half_delta) and math.isfinite(final_delta):
             self._pairs.append((self._sign * half_delta, self._sign * final_delta))
+            self._known = None
 
     def bound(self, parent_half: float | None, noise_sigma: float) -> float | None:
         """The half-way value beyond which (for a metric that is minimised: above which) a run is given up.
@@ -58,20 +62,22 @@ class Futility:
     def margin(self, noise_sigma: float) -> float | None:
         """How far behind its parent a run may be at half of the budget; None while too few runs are known to say.
 
-        By Cantelli's inequality a value exceeds its mean by k standard deviations in at most 1 / (1 + k²) of all cases,
-        whatever its distribution (Cantelli 1928; Ghosh, Statistics & Probability Letters 60, 2002). With k² = 199 that
-        is one win in 200, as far as mean and standard deviation of the hopeful runs are those of the wins.
+        The farthest behind of the hopeful runs, and ten of their spreads more. Of n + 1 runs of one kind, whatever
+        their distribution, the last is the farthest in one case of n + 1 (Vovk, Gammerman and Shafer, Algorithmic
+        Learning in a Random World, 2005). The spread is the interquartile range, as a normal distribution's standard
+        deviation: one run far out moves the margin past itself, and little farther.
         """
-        limit = SIGMAS * math.sqrt(2) * noise_sigma
-        hopeful = [half for half, final in self._pairs if final <= limit][-RECENT:]
+        if self._known is None or self._known[0] != noise_sigma:
+            self._known = noise_sigma, self._learned(SIGMAS * math.sqrt(2) * noise_sigma)
+        return self._known[1]
+
+    def _learned(self, limit: float) -> float | None:
+        hopeful = sorted([half for half, final in self._pairs if final <= limit][-RECENT:])
         count = len(hopeful)
         if count < FEWEST:
             return None
-        mean = math.fsum(hopeful) / count
-        variance = math.fsum((half - mean) ** 2 for half in hopeful) / (count - 1)
-        # the next value's distance from the mean of `count` others varies a little more than the values themselves
-        spread = math.sqrt(variance * (1 + 1 / count))
-        return max(limit, mean + math.sqrt(1 / LOST_WINS - 1) * spread)
+        spread = (hopeful[3 * count // 4] - hopeful[count // 4]) / NORMAL_QUARTILES
+        return max(limit, hopeful[-1] + SPREADS * spread)
 
     @property
     def _sign(self) -> float:
