@@ -6,7 +6,6 @@ It is how the search is measured and tuned. It writes no study of a user's: what
 from __future__ import annotations
 
 import io
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -172,7 +171,7 @@ def simulate(
         folder = Folder(Path(temporary))
         folder.trials.mkdir()
         repo = MemoryRatchet(folder.repo, {PATH: program(start or {})}, at=began)
-        journal = _Journal(folder.journal, writer=True)
+        journal = Journal(folder.journal, writer=True, durable=False)
         coordinator = Coordinator(
             folder=folder,
             config=config,
@@ -243,15 +242,6 @@ def _ratcheted(
 def _slot_seconds(slots: Sequence[SimulatedSlot], until_s: float) -> float:
     """Seconds that the slots were there, together, up to a time after the start."""
     return sum(max(0.0, min(slot.leaves_at, until_s) - slot.joins_at) for slot in slots)
-
-
-class _Journal(Journal):
-    """A journal that need not survive its machine."""
-
-    def _open(self, writer: bool) -> sqlite3.Connection:
-        db = super()._open(writer)
-        db.execute("PRAGMA synchronous=OFF")
-        return db
 
 
 class _Silent(Console):
