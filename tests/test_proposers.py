@@ -1,5 +1,6 @@
 """One contract for every proposer, then what is particular to the searchers, the inbox and the thread that asks."""
 
+import itertools
 import json
 import math
 import random
@@ -510,14 +511,14 @@ def test_what_does_not_fit_the_memory_is_avoided_more_and_more():
         return sum(int(value) for value in values.values())
 
     failed = [0, 0]
-    for seed in range(4):
+    for seed in range(12):
         bench = Bench(TuneProposer(seed=seed), champion=source)
         bench.climb(lambda values: None if size(values) > 44 else abs(size(values) - 34), 40)
         for number, (program, _, value) in enumerate(bench.tried[1:]):
             failed[number // 20] += value is None
             assert (value is None) == (size(values_of(program)) > 44)
-    assert failed[0] > 8
-    assert failed[1] < 0.6 * failed[0]
+    assert failed[0] > 24
+    assert failed[1] < 0.7 * failed[0]
 
 
 def test_rules_of_constants_that_are_no_knobs_are_kept(searcher: str):
@@ -615,6 +616,20 @@ def test_values_have_four_digits_and_stay_inside_ranges_with_more():
     for start in (0.123456, 0.987654):
         for value in moves(f"A = {start}  # in [0.123456, 0.987654]: a\n", "A", asks=60):
             assert 0.123456 <= float(value) <= 0.987654
+
+
+@pytest.mark.parametrize("searcher", LEARN_ALL[1:])
+def test_proposals_of_one_suggestion_share_no_knob(searcher: str):
+    """What is asked for at once is as various as it can be, and takes a suggestion for every few proposals."""
+    source = "".join(f"K_{name} = 0.0  # in [0.0, 1.0]: a\n" for name in "ABCDEFGHIJKLMNOPQRST")
+    proposer = TuneProposer(searcher=searcher, seed=3)
+    bench = Bench(proposer, champion=source)
+    programs = bench.programs(64)
+    taken = proposer._spaces["cpu"].asked
+    assert 64 / 20 < taken < 64 / 4
+    moved = [{name for name, value in values_of(program).items() if value} for program in programs]
+    assert all(1 <= len(names) <= 3 for names in moved)
+    assert not any(one & other for one, other in itertools.pairwise(moved[:4]))
 
 
 def test_the_hypothesis_names_the_moves_and_helps_with_a_single_one():

@@ -16,7 +16,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,6 @@ LEAST = 0.03  # of a knob's range: the shortest move; TPE mostly suggests values
 PLACES = 2  # the longest move among choices that are numbers in order
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
 SUGGESTIONS = 30  # of the searcher, looked at for one proposal; then the neighbourhood is tried at random
-DRAWS = 4  # proposals tried for one suggestion: other knobs moved towards it
 MODELLED_RUNS = 300  # that a new searcher is told: TPE's time grows with them, and it gives old ones next to no weight
 BEST_RUNS = 25  # of these; TPE's model of the good ones has no more
 RANDOM_DRAWS = 600  # proposals tried at random before the proposer says that it has no idea
@@ -176,36 +174,56 @@ class TuneProposer:
 
     def _next(self, space: _Space, sieve: _Sieve) -> Values | None:
         """Values that may be proposed: towards a suggestion of the searcher, else anywhere near the champion."""
+        found = self._towards(space, sieve) if self._learns_all else self._as_suggested(space, sieve)
+        if found is not None:
+            return found
+        drawn = (values for _ in range(RANDOM_DRAWS) for values in self._dealt(sieve, self._anywhere(sieve))[:1])
+        return next((values for values in drawn if sieve.passes(values)), None)
+
+    def _towards(self, space: _Space, sieve: _Sieve) -> Values | None:
+        """A few knobs moved towards a suggestion, whose other knobs are left for the next proposals of the ask."""
+        for _ in range(SUGGESTIONS):
+            while sieve.dealt:
+                values = sieve.dealt.pop(0)
+                if sieve.passes(values):
+                    return values
+            trial, suggested = self._suggest(space)
+            assert suggested is not None  # Optuna's never end
+            _complete(space, trial, None)  # not run as suggested: nothing to learn from it
+            sieve.dealt = self._dealt(sieve, suggested)
+        return None
+
+    def _as_suggested(self, space: _Space, sieve: _Sieve) -> Values | None:
+        """A suggestion taken whole, for a searcher that only learns from its own."""
         for _ in range(SUGGESTIONS):
             trial, suggested = self._suggest(space)
             if suggested is None:
                 break
-            if self._learns_all:
-                _complete(space, trial, None)  # not run as suggested: nothing to learn from it
-                near = (self._near(sieve, suggested) for _ in range(DRAWS))
-                found = next((values for values in near if sieve.passes(values)), None)
-            else:
-                found = suggested if sieve.passes(suggested) else None
-                if found is None:
-                    _complete(space, trial, space.scores.get(sieve.print_of(suggested)))
-                else:
-                    space.open[sieve.print_of(found)] = trial
-            if found is not None:
-                return found
-        drawn = (self._near(sieve, self._anywhere(sieve)) for _ in range(RANDOM_DRAWS))
-        return next((values for values in drawn if sieve.passes(values)), None)
+            if sieve.passes(suggested):
+                space.open[sieve.print_of(suggested)] = trial
+                return suggested
+            _complete(space, trial, space.scores.get(sieve.print_of(suggested)))
+        return None
 
-    def _near(self, sieve: _Sieve, suggested: Values) -> Values:
-        """The champion with a few of its knobs moved towards the suggestion."""
-        champion = sieve.champion
+    def _dealt(self, sieve: _Sieve, suggested: Values) -> list[Values]:
+        """The champion with a few of its knobs moved towards the suggestion, then with a few of the others, and so on.
+
+        A suggestion takes TPE tens of milliseconds. It models the knobs one by one, so that these programs follow its
+        model as well as those that have a suggestion each.
+        """
         differing = [name for name, knob in sieve.knobs.items() if _differs(knob, suggested[name])]
-        moved = self._random.sample(differing, min(len(differing), self._random.choice(MOVED_KNOBS)))
-        return champion | {name: _towards(sieve.knobs[name], suggested[name]) for name in moved}
+        self._random.shuffle(differing)
+        dealt: list[Values] = []
+        while differing:
+            count = self._random.choice(MOVED_KNOBS)
+            moved, differing = differing[:count], differing[count:]
+            dealt.append(sieve.champion | {name: _reached(sieve.knobs[name], suggested[name]) for name in moved})
+        return dealt
 
     def _anywhere(self, sieve: _Sieve) -> Values:
         """Any value for each knob."""
         return {
-            name: self._random.choice(knob.choices) if knob.choices else _clean(_at(knob, self._random.random()), knob)
+            name: self._random.choice(knob.choices) if knob.choices else knob.nearest(knob.at(self._random.random()))
             for name, knob in sieve.knobs.items()
         }
 
@@ -311,10 +329,15 @@ def _feed(space: _Space, values: Values, value: float | None) -> None:
 
 
 class _Sieve:
-    """What may be proposed on one champion: the cheap tests come first, and nothing passes twice."""
+    """What may be proposed on one champion: the cheap tests come first, and nothing passes twice.
+
+    Attributes:
+        dealt: Values that were made of a suggestion and not looked at yet.
+    """
 
     def __init__(self, request: Request, path: str, knobs: Mapping[str, Knob], space: _Space) -> None:
         self.knobs = knobs
+        self.dealt: list[Values] = []
         self.champion: Values = {name: knob.value for name, knob in knobs.items()}
         self._files, self._path, self._source = request.files, path, request.files[path]
         self._constants = {name: line.value for name, line in constant_lines(self._source).items()}
@@ -387,10 +410,10 @@ def _differs(knob: Knob, value: Value) -> bool:
     return abs(knob.unit(value) - knob.unit(knob.value)) >= LEAST
 
 
-def _towards(knob: Knob, value: Value) -> Value:
+def _reached(knob: Knob, value: Value) -> Value:
     """`value`, or the furthest that one proposal may go from the knob's own value in that direction."""
     if knob.choices:
-        if not _ordered(knob):
+        if not knob.is_ordered:
             return value
         here, there = knob.choices.index(knob.value), knob.choices.index(value)
         return knob.choices[min(max(there, here - PLACES), here + PLACES)]
@@ -400,42 +423,17 @@ def _towards(knob: Knob, value: Value) -> Value:
     reached = min(max(goal, start - REACH), start + REACH)
     if reached == goal:
         return value
-    moved = _clean(_at(knob, reached), knob)
+    moved = knob.nearest(knob.at(reached))
     if knob.is_int and moved == knob.value:  # a third of a narrow range is less than a whole number
         return knob.value + (1 if goal > start else -1)
     return moved
-
-
-def _ordered(knob: Knob) -> bool:
-    """Whether the choices are numbers in order, so that neighbours are alike."""
-    numbers = [choice for choice in knob.choices if isinstance(choice, int | float) and not isinstance(choice, bool)]
-    steps = [later > earlier for earlier, later in pairwise(numbers)]
-    return len(numbers) == len(knob.choices) and (all(steps) or not any(steps))
-
-
-def _at(knob: Knob, unit: float) -> float:
-    """Inverse of `Knob.unit` for a range."""
-    assert knob.low is not None
-    assert knob.high is not None
-    if knob.log:
-        return knob.low * math.exp(unit * math.log(knob.high / knob.low))
-    return knob.low + unit * (knob.high - knob.low)
 
 
 def _clean(value: Any, knob: Knob) -> Value:
     """A searcher's value as the program writes it: whole where whole numbers are due, 4 digits, inside the range."""
     if knob.choices:
         return next(choice for choice in knob.choices if choice == value)
-    assert knob.low is not None
-    assert knob.high is not None
-    inside = min(max(float(value), knob.low), knob.high)
-    if knob.is_int:
-        return round(inside)
-    short = float(format_value(inside))
-    if not knob.low <= short <= knob.high:  # rounded over an end with more digits than are written
-        unit = 10.0 ** (math.floor(math.log10(abs(inside))) - 3)
-        short = float(format_value(inside - unit if short > inside else inside + unit))
-    return short if knob.low <= short <= knob.high else knob.value
+    return knob.nearest(float(value))
 
 
 def _neighbourhood(knob: Knob) -> Knob:
@@ -443,11 +441,11 @@ def _neighbourhood(knob: Knob) -> Knob:
     if knob.choices:
         here = knob.choices.index(knob.value)
         near = knob.choices[max(0, here - PLACES) : here + PLACES + 1]
-        return replace(knob, choices=near) if _ordered(knob) else knob
+        return replace(knob, choices=near) if knob.is_ordered else knob
     assert knob.low is not None
     assert knob.high is not None
     start = knob.unit(knob.value)
-    low, high = _at(knob, max(0.0, start - REACH)), _at(knob, min(1.0, start + REACH))
+    low, high = knob.at(max(0.0, start - REACH)), knob.at(min(1.0, start + REACH))
     if knob.is_int:
         assert not isinstance(knob.value, str)
         low, high = min(math.ceil(low), knob.value - 1), max(math.floor(high), knob.value + 1)
