@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from raysearch.knobs import Value, broken_rule, fingerprint, read_knobs, read_rules, rewrite, same_value, size
 from raysearch.model import Direction, Operator
+from raysearch.objective import load_presets
 from raysearch.proposers import Idea, Proposer, Request, Step
 from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.combine import CombineProposer
@@ -47,6 +48,9 @@ def train(run):
     fifth = fourth + WIDTH
     return fifth, MODE
 '''
+
+
+TRAINER = (Path(__file__).parent.parent / "trainer" / "train.py").read_text()
 
 
 def request(files: str, count: int = 50, **others: Any) -> Request:
@@ -206,7 +210,9 @@ def train(run):
         total = 1
     if USED == 2:
         total = 3
+    # otherwise
     else:
+        # twice
         total *= 2
     for _ in range(2):
         total += 1
@@ -220,8 +226,8 @@ def train(run):
 def test_what_has_no_effect_is_cut_and_the_rest_stays_as_it_was_written(tmp_path: Path):
     found = set(programs(SimplifyProposer(), request(CLUTTERED), tmp_path).values())
     assert found == {
-        CLUTTERED.replace("import os  # for nothing\n\n", ""),
-        CLUTTERED.replace("UNUSED = 2\n\n", ""),
+        CLUTTERED.replace("import os  # for nothing\n", ""),
+        CLUTTERED.replace("UNUSED = 2\n", ""),
         CLUTTERED.replace("def helper(x):\n    return helper(x - 1)\n\n\n", ""),
         CLUTTERED.replace("    idle = 1\n", ""),
         CLUTTERED.replace("    pass\n", ""),
@@ -231,7 +237,10 @@ def test_what_has_no_effect_is_cut_and_the_rest_stays_as_it_was_written(tmp_path
             '    # why\n\n    total += USED\n    print("two",\n          total)\n',
         ),
         CLUTTERED.replace("    if LIMIT > 5:\n        total = 1\n", ""),
-        CLUTTERED.replace("    if USED == 2:\n        total = 3\n    else:\n        total *= 2\n", "    total *= 2\n"),
+        CLUTTERED.replace(
+            "    if USED == 2:\n        total = 3\n    # otherwise\n    else:\n        # twice\n        total *= 2\n",
+            "    # twice\n    total *= 2\n",
+        ),
         CLUTTERED.replace("        total = 7\n", ""),
     }
     assert all(size({"train.py": program}) < size({"train.py": CLUTTERED}) for program in found)
@@ -289,10 +298,10 @@ def test_a_comment_goes_with_what_it_is_about_and_stays_with_what_is_left():
     )
     cuts = {cut.what.partition(",")[0]: cut.applied(source) for cut in find_cuts(source)}
     assert cuts == {
-        "A": source.replace("A = 1\n\n", ""),
+        "A": source.replace("A = 1\n", ""),
         "B": source.replace("B = 2\n", ""),
         "D": source.replace("# Of D,\n# and no more.\nD = 4\n\n", ""),
-        "E": source.replace("E = 5\n\n\n", ""),
+        "E": source.replace("E = 5\n", ""),
     }
 
 
@@ -301,8 +310,29 @@ def test_an_import_for_what_it_does_stays():
 
 
 def test_the_bundled_trainer_has_nothing_that_can_be_cut():
-    source = (Path(__file__).parent.parent / "trainer" / "train.py").read_text()
-    assert find_cuts(source) == []
+    assert find_cuts(TRAINER) == []
+
+
+def test_the_bundled_trainer_as_a_day_of_search_leaves_it_is_simplified_and_ablated(tmp_path: Path):
+    base = rewrite(TRAINER, load_presets()["cpu"].knobs)
+    grown = rewrite(base, {"LR_SCALE": 0.7213, "WARMUP_RATIO": 0.0123, "DEPTH": 3, "TOTAL_BATCH_SIZE": 4096})
+    grown = grown.replace("import math\n", "import math\nimport os\n").replace(
+        "        optimizer.step(run.progress)\n",
+        "        if SOFT_CAP < 0:\n            break\n        optimizer.step(run.progress)\n",
+    )
+    asked = request(grown, origin={"train.py": base})
+    simpler = programs(SimplifyProposer(), asked, tmp_path / "simplify").values()
+    assert set(simpler) == {
+        rewrite(grown, {"LR_SCALE": 0.7}),
+        rewrite(grown, {"WARMUP_RATIO": 0.0}),
+        grown.replace("import os\n", ""),
+        grown.replace("        if SOFT_CAP < 0:\n            break\n", ""),
+    }
+    without = programs(AblateProposer(), asked, tmp_path / "ablate").values()
+    assert len(without) == 6
+    for program in (*simpler, *without):
+        assert "def train(run)" in program
+        compile(program, "train.py", "exec")
 
 
 # ---- transfer ----

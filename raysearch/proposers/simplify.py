@@ -205,17 +205,20 @@ def _unused(tree: ast.Module, lines: list[str], others: str) -> list[Cut]:
 
 
 def _with_comment(node: ast.stmt, lines: list[str]) -> tuple[int, int]:
-    """The extent of a definition with the blank lines after it, and the comment above if it is about nothing else."""
+    """The extent of a definition that stands alone, with the blank lines after it and the comment above.
+
+    One among others has neither: the comment is about the group, and the blank lines end it.
+    """
     start, after = _extent(node)
     end = next((i for i in range(after, len(lines)) if lines[i].strip()), len(lines))
     top = start
     while top > 0 and lines[top - 1].startswith("#"):
         top -= 1
-    comment = lines[top:start]
-    is_own = end > after and 0 < top < start and not lines[top - 1].strip()
-    if is_own and not any(line.startswith(("# rule:", "# --", "# ==")) for line in comment):
-        return top, end
-    return start, end
+    if end == after or (top > 0 and lines[top - 1].strip()):
+        return start, after
+    if top == 0 or any(line.startswith(("# rule:", "# --", "# ==")) for line in lines[top:start]):
+        return start, end if top == start else after
+    return top, end
 
 
 def _is_kept(name: str) -> bool:
@@ -319,11 +322,14 @@ def _decided(node: ast.stmt, block: list[ast.stmt], lines: list[str], fixed: Val
     if not branch:
         return Cut(start, end, what) if len(block) > 1 else None
     first, last = _extent(branch[0])[0], _extent(branch[-1])[1]
-    header = _extent(node.body[-1])[1] + 1 if branch is node.orelse else (node.test.end_lineno or node.lineno)
+    header = node.test.end_lineno or node.lineno
+    if branch is node.orelse:
+        after = _extent(node.body[-1])[1]
+        header = next((i for i in range(after, first) if lines[i].lstrip().startswith("else")), first) + 1
     if first < header or lines[first].lstrip().startswith("elif") or _has_long_text(branch):
         return None
     indent = " " * (branch[0].col_offset - node.col_offset)
-    kept = lines[header if branch is node.body else first : last]  # with the comments above the first statement
+    kept = lines[header:last]  # with the comments above the first statement
     if any(line.strip() and not line.startswith(indent) for line in kept):
         return None
     return Cut(start, end, what, tuple(line.removeprefix(indent) for line in kept))
