@@ -39,7 +39,18 @@ BASE = commit_of("base")
 
 @dataclass(frozen=True)
 class Shape:
-    """How a random world is made: the study's settings, its slots, and how much goes wrong."""
+    """How a random world is made.
+
+    Attributes:
+        settings: Of the study.
+        slots: All that there ever are.
+        ideas: How many proposals there are in all.
+        gains: What they may be worth.
+        sigma: Of the noise.
+        failures: Share of runs that fail, baselines excepted.
+        drifting: The slot that is slower and gives worse numbers, or none.
+        lockstep: Whether most runs end together, as those of one budget do.
+    """
 
     settings: Settings
     slots: tuple[Slot, ...]
@@ -48,11 +59,12 @@ class Shape:
     sigma: float
     failures: float
     drifting: str
+    lockstep: bool
 
 
 def random_shape(chance: random.Random) -> Shape:
     slugs = ("cpu", GPU.slug)[: chance.choice((1, 1, 2))]
-    slots = tuple(Slot(f"{slug}{number}", slug) for slug in slugs for number in range(chance.randint(1, 6)))
+    slots = tuple(Slot(f"{slug}{number}", slug) for slug in slugs for number in range(chance.randint(1, 8)))
     rules = judge.Rules(
         screen_probability=chance.choice((0.1, 0.3, 0.6)),
         max_pairs=chance.choice((1, 2, 3, 5)),
@@ -75,6 +87,7 @@ def random_shape(chance: random.Random) -> Shape:
         sigma=chance.choice((0.0, 0.01, 0.05)),
         failures=chance.choice((0.0, 0.1, 0.4)),
         drifting=chance.choice(("", *(slot.id for slot in slots))),
+        lockstep=chance.random() < 0.4,
     )
 
 
@@ -285,7 +298,9 @@ class World:
         self.quiet += 1
         assert self.quiet < 200, f"it waits for nothing: {self.study.lanes}"
         everybody = len(self.there) == len(self.shape.slots)
-        what = ["end"] * (6 * bool(self.study.running)) + ["answer"] * (3 * bool(self.asking))
+        what = ["end_together" if self.shape.lockstep else "end"] * (6 * bool(self.study.running)) + ["answer"] * (
+            3 * bool(self.asking)
+        )
         what += ["end_together"] * bool(self.study.running)
         what += ["leave"] * (len(self.there) > 1) * (self.chance.random() < 0.3) + ["join"] * (1 + 2 * (not everybody))
         what += ["die"] if self.chance.random() < 0.05 else []
