@@ -9,12 +9,10 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from raysearch import plan, schedule
+from raysearch import plan
 from raysearch.model import (
     Event,
-    Judged,
     Materialised,
     Measurement,
     Operator,
@@ -175,129 +173,6 @@ class History:
         for one in hardware:
             if one.profile.slug not in self.study.lanes:
                 self.add(ProfileAdded(one.profile, commit_of(one.profile.slug), f"{one.profile.slug}-program"), 0.5)
-
-
-TRIAL_S = 20.0  # of the trials that `Told` writes
-TWO = (Slot("a", "cpu"), Slot("b", "cpu"))
-
-
-class Told(History):
-    """A study with a pen: writes the events that a test is about, in as few words as may be."""
-
-    def __init__(self, slots: Sequence[Slot] = TWO, *profiles: Profile, **options: Any) -> None:
-        super().__init__(Settings(**options))
-        self.slots = slots
-        self.asking: dict[tuple[str, str], int] = {}
-        self.add(SessionStarted("host", 1, "0"))
-        for profile in profiles or (cpu_profile(),):
-            self.add(ProfileAdded(profile, commit_of("base"), f"{profile.slug} program"))
-
-    def commands(self, **options: Any) -> list[plan.Command]:
-        return plan.next_commands(self.study, self.slots, asking=self.asking, **options)
-
-    def starts(self, **options: Any) -> list[plan.StartTrial]:
-        return [command for command in self.commands(**options) if isinstance(command, plan.StartTrial)]
-
-    def ids(self, **options: Any) -> list[str]:
-        """What would be started now, as `trial@slot`."""
-        return [f"{command.trial.id}@{command.slot}" for command in self.starts(**options)]
-
-    def run(self, trial_id: str, value: float | None = 1.0, *, outcome: Outcome | None = None, slot: str = "a") -> None:
-        """Starts a queued trial and ends it."""
-        self.start_trial(trial_id, slot=slot)
-        self.end(trial_id, value, outcome=outcome)
-
-    def start_trial(self, trial_id: str, *, slot: str = "a") -> None:
-        """Starts a queued trial, further pairs of races included."""
-        waiting = (
-            trial
-            for lane in self.study.lanes.values()
-            for trial, _ in schedule.assign(self.study, lane, [Slot("", lane.profile.slug)] * 99)
-        )
-        trial = next((trial for trial in waiting if trial.id == trial_id), None)
-        assert trial is not None, f"{trial_id} is not in line; in line: {schedule.queued(self.study)}"
-        before = self.study.trials.get(trial_id)
-        self.add(TrialStarted(trial, before.attempt + 1 if before else 1, slot))
-
-    def end(
-        self,
-        trial_id: str,
-        value: float | None = 1.0,
-        *,
-        outcome: Outcome | None = None,
-        halfway: float | None = None,
-        after_s: float = TRIAL_S,
-    ) -> None:
-        attempt = self.study.trials[trial_id].attempt
-        measurement = None if value is None or outcome else Measurement(value, wall_s=TRIAL_S)
-        outcome = outcome or (Outcome.MEASURED if measurement else Outcome.CRASHED)
-        event = TrialFinished(trial_id, attempt, outcome, "" if measurement else "why", measurement, halfway=halfway)
-        self.add(event, after_s)
-
-    def baselines(self, slug: str = "cpu", values: Sequence[float] = (1.0, 1.01, 0.99)) -> None:
-        for number, value in enumerate(values, start=1):
-            self.run(f"{slug}-base-{number}", value)
-
-    def propose(self, *, base: str | None = None, slug: str = "cpu", **options: Any) -> str:
-        name = candidate_id(self.study.proposals + 1)
-        options = {"operator": Operator.TUNE, "hypothesis": "an idea", "proposer": "tune"} | options
-        self.add(Proposed(Proposal(name, slug, base or self.study.lane(slug).champion_commit, "a patch", **options)))
-        return name
-
-    def candidate(self, *, size: int = 0, **options: Any) -> str:
-        name = self.propose(**options)
-        self.add(Materialised(name, commit_of(name), f"{name} program", size))
-        return name
-
-    def carry(self, **options: Any) -> str:
-        """Performs the one carrying that is due, without a conflict."""
-        (command,) = (command for command in self.commands() if isinstance(command, plan.Carry))
-        return self.candidate(base=command.onto, carries=tuple(one.id for one in command.candidates), **options)
-
-    def conclude(self) -> list[Judged]:
-        """Writes down all verdicts that are due."""
-        events = [command.event for command in self.commands() if isinstance(command, plan.Conclude)]
-        for event in events:
-            self.add(event)
-        return [event for event in events if isinstance(event, Judged)]
-
-    def promise(self, name: str, value: float = 0.7) -> Judged:
-        """Runs a candidate for the first time, well enough for a race."""
-        self.run(f"{name}-screen", value)
-        (event,) = self.conclude()
-        return event
-
-    def pair(self, name: str, value: float = 0.7, *, than: float = 1.0) -> Judged:
-        """Runs a candidate's next pair, and the other side if it is not known yet."""
-        number = len(self.study.candidates[name].races) + 1
-        self.start_trial(f"{name}-pair{number}")
-        self.end(f"{name}-pair{number}", value)
-        rival = self.study.trials[f"{name}-pair{number}"].trial.rival
-        assert rival is not None
-        if rival not in self.study.trials:
-            self.run(rival, than)
-        (event,) = self.conclude()
-        return event
-
-    def confirm(self, name: str, value: float = 0.7, *, than: float = 1.0) -> None:
-        """Runs a candidate to its win."""
-        self.promise(name, value)
-        self.pair(name, value, than=than)
-
-    def move(self) -> str:
-        """Moves the ratchet as is commanded, and says to whom."""
-        (command,) = self.commands()
-        assert isinstance(command, plan.MoveRatchet)
-        name = command.candidate.id
-        self.add(RatchetMoved(command.profile, name, commit_of(f"step {name}"), command.expected))
-        return name
-
-
-def told_ready(slots: Sequence[Slot] = TWO, **options: Any) -> Told:
-    """A study whose noise is known: σ = 0.01 around 1."""
-    told = Told(slots, **options)
-    told.baselines()
-    return told
 
 
 def commit_of(name: str) -> str:
