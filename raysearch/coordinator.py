@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raysearch import __version__, duplicates, objective
+from raysearch import __version__, duplicates, objective, plan
 from raysearch.asker import Asking
 from raysearch.config import StudyConfig, write_config
 from raysearch.console import Console
@@ -46,9 +46,9 @@ from raysearch.model import (
 )
 from raysearch.objective import Budget
 from raysearch.patches import Conflict, Empty, PatchError
+from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.profile import base_slug, same_profile, with_slug
 from raysearch.proposers import Idea, Request, Step, Told, inbox
-from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
@@ -57,7 +57,6 @@ from raysearch.study import CandidateState, Lane, Study, candidate_id
 POLL_S = 0.25
 POLL_WHILE_ASKING_S = 0.02
 INBOX_EVERY_S = 1.0
-NO_IDEAS_AFTER = 4  # fruitless asks in a row, with nothing in flight, after which the search is over
 SUBJECT_LENGTH = 72
 STEPS = 30  # of other ratchets, the latest ones, that a proposer is shown
 PROGRAMS = 500  # whose texts are kept at hand
@@ -128,6 +127,7 @@ class Coordinator:
         self._progress: dict[str, SlotProgress] = {}
         self._wall_s: dict[str, float] = {}  # of the last measured trial, by profile
         self._failed_slots: list[str] = []
+        self._places: list[Slot] | None = None  # made anew when a slot joins or leaves
         self._inbox_at = 0.0
         self._texts: OrderedDict[str, Mapping[str, str]] = OrderedDict()
         self._known: dict[str, duplicates.Known] = {}
@@ -194,11 +194,8 @@ class Coordinator:
 
     def _out_of_ideas(self) -> bool:
         served = {self._profile_of[slot_id] for slot_id in self._slots}
-        lanes = [lane for slug, lane in self._study.lanes.items() if slug in served and not lane.blocked]
-        if not lanes or self._study.running or any(lane.open for lane in lanes):
-            return False
-        asks = [asker.fruitless(lane.profile.slug) for lane in lanes for asker in self._askers.values()]
-        return min(asks) >= NO_IDEAS_AFTER
+        fruitless = {(slug, name): asker.fruitless(slug) for slug in served for name, asker in self._askers.items()}
+        return plan.is_out_of_ideas(self._study, served, fruitless)
 
     def _wait(self, timeout_s: float) -> None:
         for report in self._executor.poll(timeout_s):
@@ -221,7 +218,9 @@ class Coordinator:
             self._console.note(f"proposer {name} could not be told of a run: {failure}")
 
     def _slots_by_profile(self) -> list[Slot]:
-        return [Slot(slot_id, self._profile_of[slot_id]) for slot_id in self._slots]
+        if self._places is None:
+            self._places = [Slot(slot_id, self._profile_of[slot_id]) for slot_id in self._slots]
+        return self._places
 
     def _record(self, event: Event) -> None:
         record = self._journal.append(event, seq=self._study.seq + 1, at=self._clock())
@@ -399,7 +398,7 @@ class Coordinator:
         trial = command.trial
         lane = self._study.lane(trial.profile)
         preset = self._presets.get(lane.profile.preset)
-        plan = objective.plan_trial(
+        how = objective.plan_trial(
             self._objective,
             preset,
             self._budget(lane.profile.preset),
@@ -414,11 +413,11 @@ class Coordinator:
             study=self._session.study,
             session=self._session.id,
             files=self._repo.files(trial.commit, (*self._objective.editable, *self._objective.protected)),
-            command=plan.command,
+            command=how.command,
             metric=self._objective.metric,
             seed=trial.seed,
-            startup_limit_s=plan.startup_limit_s,
-            total_limit_s=plan.total_limit_s,
+            startup_limit_s=how.startup_limit_s,
+            total_limit_s=how.total_limit_s,
             threads=lane.profile.threads,
             niceness=self._config.slots.niceness,
             out=str(self._folder.trials / trial.id),
@@ -450,8 +449,15 @@ class Coordinator:
     def _elsewhere(self, lane: Lane) -> list[Step]:
         """The latest steps of the other ratchets."""
         others = [other for other in self._study.lanes.values() if other is not lane]
-        wins = sorted((win.at, win.candidate) for other in others for win in other.wins[-STEPS:])
+        found = [win for other in others for win in other.wins[-STEPS:]]
+        # what came here from another profile reaches this one from there
+        own = [win for win in found if not self._came_over(win.candidate)]
+        wins = sorted((win.at, win.candidate) for win in own)
         return [self._step_of(self._study.candidate(name)) for _, name in wins[-STEPS:]]
+
+    def _came_over(self, candidate: str) -> bool:
+        proposal = self._study.candidate(candidate).candidate.proposal
+        return all(root.operator is Operator.TRANSFER for root in self._study.roots(proposal))
 
     def _step_of(self, state: CandidateState) -> Step:
         proposal = state.candidate.proposal
@@ -504,6 +510,7 @@ class Coordinator:
                 self._join(slot)
             case SlotLeft(slot_id=slot_id, reason=reason):
                 self._slots.pop(slot_id, None)
+                self._places = None
                 self._progress.pop(slot_id, None)
                 self._console.note(f"slot {slot_id} left: {reason}")
             case SlotFailed(place=place, reason=reason):
@@ -532,6 +539,7 @@ class Coordinator:
             write_config(self._folder.config, self._config)  # so that a later session takes the same
         self._slots[slot.id] = slot
         self._profile_of[slot.id] = known.profile.slug
+        self._places = None
         self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}")
 
     def _profile(self, slot: SlotInfo) -> Profile:

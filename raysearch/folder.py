@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import uuid
@@ -177,11 +178,16 @@ def replay(config: StudyConfig, journal: Journal, *, max_trials: int | None = No
         UserError: An event does not fit those before it: one is missing, or was changed.
     """
     study = Study(config.settings(max_trials))
+    was_on = gc.isenabled()
+    gc.disable()  # half a million events that all stay: looking for garbage among them takes a fifth of the time
     try:
         for record in journal.read():
             study.apply(record)
     except InvalidTransition as error:
         raise UserError(f"{journal.path}: {error}; it must be a whole study journal: restore it from a copy") from None
+    finally:
+        if was_on:
+            gc.enable()
     return study
 
 

@@ -16,7 +16,8 @@ from raysearch.model import Measurement
 WINDOW = 6  # comparisons of a slot that count
 LEAST = 4  # comparisons before a slot is suspected
 SLOWER = 0.05  # a slot this much slower than the others trains other models in the same seconds
-SURE = 3.0  # standard deviations of the other slots' speeds
+SURE = 3.0  # standard deviations of one run's speed
+JUMPS = 12  # from one comparison of a slot to its next, before it is known how uneven runs are by themselves
 SURE_VALUE = 4.5  # standard errors of the mean difference of the metric
 SPEED = "tokens_per_s"
 PROGRAMS = 1000  # remembered, the latest ones
@@ -28,14 +29,14 @@ class Comparison:
 
     Attributes:
         value: Difference of the metric.
-        scale: Its standard deviation in σ: sqrt(1 + 1/n) for n others.
-        slots: How many other slots there were.
+        others: How many runs that mean is of.
+        slots: On how many other slots they were.
         log_speed: Difference of log(tokens a second); None where the program does not say.
     """
 
     trial: str
     value: float
-    scale: float
+    others: int
     slots: int
     log_speed: float | None
 
@@ -50,6 +51,23 @@ class Suspicion:
 
 
 @dataclass
+class Jumps:
+    """How much one run differs from the next on the same slot: does not see what a slot does all the time."""
+
+    count: int = 0
+    squares: float = 0.0
+
+    def add(self, jump: float) -> None:
+        """Takes in one difference."""
+        self.count += 1
+        self.squares += jump**2
+
+    def spread(self) -> float | None:
+        """Standard deviation of one of the two; None while too few are known."""
+        return math.sqrt(self.squares / self.count / 2) if self.count >= JUMPS else None
+
+
+@dataclass
 class Health:
     """The slots of one profile.
 
@@ -57,6 +75,8 @@ class Health:
         runs: Of each program: slot, metric, log(tokens a second).
         recent: Comparisons of each slot, the latest last.
         changed: Slots with a new comparison.
+        speed_jumps: Differences of log_speed between successive comparisons of a slot.
+        value_jumps: Likewise, of the metric.
     """
 
     runs: dict[str, list[tuple[str, float, float | None]]] = field(
@@ -64,6 +84,8 @@ class Health:
     )
     recent: dict[str, deque[Comparison]] = field(default_factory=dict[str, deque[Comparison]])
     changed: set[str] = field(default_factory=set[str], compare=False)
+    speed_jumps: Jumps = field(default_factory=Jumps)
+    value_jumps: Jumps = field(default_factory=Jumps)
 
     def add(self, slot: str, trial: str, program: str, measured: Measurement) -> None:
         """Takes in a run."""
@@ -90,17 +112,25 @@ class Health:
         found = Comparison(
             trial,
             value - fmean(other for _, other, _ in others),
-            math.sqrt(1 + 1 / len(others)),
+            len(others),
             len({name for name, _, _ in others}),
             slower,
         )
-        self.recent.setdefault(slot, deque(maxlen=WINDOW)).append(found)
+        recent = self.recent.setdefault(slot, deque(maxlen=WINDOW))
+        if recent:
+            before = recent[-1]
+            self.value_jumps.add(found.value - before.value)
+            if slower is not None and before.log_speed is not None:
+                self.speed_jumps.add(slower - before.log_speed)
+        recent.append(found)
         self.changed.add(slot)
 
     def forget(self, slot: str) -> None:
-        """Starts a slot anew."""
-        self.recent.pop(slot, None)
-        self.changed.discard(slot)
+        """Starts anew without what a slot has said: it is no measure for the others either."""
+        for program, runs in self.runs.items():
+            self.runs[program] = [run for run in runs if run[0] != slot]
+        self.recent.clear()
+        self.changed.clear()
 
     def suspects(self, sigma: float) -> list[Suspicion]:
         """Slots that have become suspect since the last call."""
@@ -111,23 +141,24 @@ class Health:
     def _suspect(self, slot: str, sigma: float) -> Suspicion | None:
         recent = self.recent.get(slot, deque())
         trials = tuple(dict.fromkeys(one.trial for one in recent))
-        speeds = [one.log_speed for one in recent if one.log_speed is not None]
-        if len(speeds) >= LEAST and max(speeds[-LEAST:]) < -SLOWER and fmean(speeds) < -SURE * self._spread(slot):
+        speeds = [one.log_speed for one in recent if one.log_speed is not None][-LEAST:]
+        uneven = self.speed_jumps.spread()
+        if len(speeds) == LEAST and uneven is not None and max(speeds) < -SLOWER and fmean(speeds) < -SURE * uneven:
             lost = 100 * (1 - math.exp(fmean(speeds)))
             return Suspicion(slot, f"it is {lost:.0f}% slower than the others; see to its cooling and power", trials)
-        values = [one.value / (one.scale * sigma) for one in recent if one.slots >= 2 and sigma > 0]
-        if len(values) >= LEAST and abs(fmean(values)) * math.sqrt(len(values)) > SURE_VALUE:
-            apart = fmean(one.value for one in recent)
-            return Suspicion(slot, f"it drifts: the same programs are {apart:+.4f} apart from other slots", trials)
+        compared = [one for one in recent if one.slots >= 2]
+        # σ of the profile has seen the slot that drifts, and jumps have not
+        sigma = min(sigma, self.value_jumps.spread() or sigma)
+        if len(compared) >= LEAST and sigma > 0:
+            apart = fmean(one.value for one in compared)
+            # the others' share of the error does not shrink with more comparisons: they may be the same runs
+            error = sigma * math.sqrt(1 / len(compared) + fmean(1 / one.others for one in compared))
+            if abs(apart) > max(SURE_VALUE * error, self._furthest(slot)):
+                reason = f"it drifts: the same programs are {apart:+.4f} apart from other slots"
+                return Suspicion(slot, reason, trials)
         return None
 
-    def _spread(self, slot: str) -> float:
-        """Standard deviation of the other slots' comparisons of speed: shared machines are uneven by themselves."""
-        others = [
-            one.log_speed
-            for name, recent in self.recent.items()
-            if name != slot
-            for one in recent
-            if one.log_speed is not None and one.log_speed < 0  # above 0 they only say that this slot is slow
-        ]
-        return math.sqrt(fmean(one**2 for one in others)) if others else 0.0
+    def _furthest(self, slot: str) -> float:
+        """How far apart the worst of the other slots is: next to a slot that drifts, a healthy one seems to."""
+        others = [recent for name, recent in self.recent.items() if name != slot]
+        return max((abs(fmean(one.value for one in recent)) for recent in others), default=0.0)

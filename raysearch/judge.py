@@ -128,6 +128,29 @@ class Replicates:
         return Noise(math.sqrt(self._squares / self._dof), self._dof) if self._dof else None
 
 
+CHANGE = 4.0  # standard errors by which a run differs from later ones when something else has changed
+
+
+def current(values: Sequence[float], sigma: float) -> Sequence[float]:
+    """The latest of a program's values, back to where they stop to agree.
+
+    A machine that is throttled, or that somebody else works on too, gives other numbers from then on; a first run is to
+    be compared with what the program gives now.
+
+    Args:
+        values: Oldest first.
+        sigma: Of single runs.
+    """
+    if len(values) < 2:
+        return values
+    total, count = values[-1], 1
+    for value in reversed(values[:-1]):
+        if abs(value - total / count) > CHANGE * sigma * math.sqrt(1 + 1 / count):
+            break
+        total, count = total + value, count + 1
+    return values[-count:]
+
+
 SURE = 1.0  # standard errors from nothing at which a race is judged again: the screening run counts as well
 PAIRING_DOF = 10  # the weight of "seeds do not matter" against what the pairs of races show
 
@@ -158,6 +181,7 @@ PSEUDO_COUNT = 6.0  # candidates that the first prior counts for
 PSEUDO_BETTER = 0.25  # its share of improvements; in the published H100 run 22 of 125 were kept
 MOST_DOF = 60  # beyond it t is as good as normal, and a likelihood could become 0
 MEMORY = 150.0  # candidates after which an old one counts 1/e: late in a search less helps than early
+FADE = math.exp(-1 / MEMORY)
 
 
 @functools.cache
@@ -180,24 +204,17 @@ class Prior:
 
     def learned(self, *found: Evidence) -> Prior:
         """The prior after one more candidate: each effect counts as far as the evidence speaks for it (online EM)."""
-        fade = math.exp(-1 / MEMORY)
         posterior = self.posterior(*found)
-        first = _first_counts()
-        return Prior(
-            tuple(
-                base + (count - base) * fade + share
-                for base, count, share in zip(first, self.counts, posterior, strict=True)
-            )
-        )
+        faded = zip(_first_counts(), self.counts, posterior, strict=True)
+        return Prior(tuple([base + (count - base) * FADE + share for base, count, share in faded]))
 
     def posterior(self, *found: Evidence) -> tuple[float, ...]:
-        """The probability of each of `EFFECTS`; heavy tails keep every likelihood above 0."""
+        """The probability of each of `EFFECTS` after what was found; heavy tails keep every likelihood above 0."""
         weights = list(self.counts)
         for one in found:
-            weights = [weight * one.likelihood(effect) for weight, effect in zip(weights, EFFECTS, strict=True)]
-            total = sum(weights)
-            weights = [weight / total for weight in weights]
-        return tuple(weights)
+            weights = [weight * like for weight, like in zip(weights, one.likelihoods(), strict=True)]
+        total = sum(weights)
+        return tuple([weight / total for weight in weights])
 
     def better(self) -> float:
         """Share of improvements before any run."""
@@ -218,11 +235,11 @@ class Evidence:
     se: float
     dof: int
 
-    def likelihood(self, effect: float) -> float:
-        """Of an effect in σ: Student's t density, up to a factor; no more than `MOST_DOF`, since no noise is normal."""
-        z = (self.gain - effect) / self.se
-        dof = min(self.dof, MOST_DOF)
-        return (1 + z * z / dof) ** (-(dof + 1) / 2)
+    def likelihoods(self) -> list[float]:
+        """Of each of `EFFECTS`: Student's t density, up to a factor. More than `MOST_DOF` is as good as normal."""
+        gain, dof = self.gain, min(self.dof, MOST_DOF)
+        scale, power = 1 / (self.se * self.se * dof), -(dof + 1) / 2
+        return [(1 + (gain - effect) ** 2 * scale) ** power for effect in EFFECTS]
 
 
 # ---- verdicts ----

@@ -64,7 +64,7 @@ class Direction(Enum):
     MAXIMIZE = "maximize"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What makes two scores comparable; two profiles never share a champion.
 
@@ -95,7 +95,7 @@ class Profile:
     threads: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Proposal:
     """An idea: a patch on a commit, with who had it and why.
 
@@ -124,7 +124,7 @@ class Proposal:
     source: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A proposal as a git commit.
 
@@ -149,7 +149,7 @@ class Candidate:
         return self.proposal.profile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Trial:
     """One run of one candidate on one profile with one seed.
 
@@ -174,7 +174,7 @@ class Trial:
     futile_above: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """What a measured trial gave.
 
@@ -200,7 +200,7 @@ class Measurement:
 # ---- events: what the journal holds; the state of a study is what they add up to ----
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SessionStarted:
     """A coordinator took the study over: whatever was in flight before is lost."""
 
@@ -209,14 +209,14 @@ class SessionStarted:
     version: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SessionEnded:
     """A coordinator stopped of its own accord."""
 
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ProfileAdded:
     """A kind of slot appeared for the first time; its ratchet starts at `commit`."""
 
@@ -225,14 +225,14 @@ class ProfileAdded:
     fingerprint: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Proposed:
     """A proposer had an idea; it is not yet a commit."""
 
     proposal: Proposal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A proposal that never became a candidate: it does not apply, is a duplicate, touches what it may not."""
 
@@ -240,7 +240,7 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Materialised:
     """A proposal became a commit under `refs/trials/`."""
 
@@ -250,7 +250,7 @@ class Materialised:
     size: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrialStarted:
     """The intent to run, written before the run: without a `TrialFinished` the attempt was lost."""
 
@@ -259,7 +259,7 @@ class TrialStarted:
     slot: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrialFinished:
     """How an attempt ended.
 
@@ -278,7 +278,7 @@ class TrialFinished:
     halfway: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Judged:
     """The judge spoke on a candidate.
 
@@ -302,7 +302,7 @@ class Judged:
     conflict: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RatchetMoved:
     """A profile's branch moved from `previous` to `commit`, whose tree is the candidate's."""
 
@@ -312,7 +312,7 @@ class RatchetMoved:
     previous: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SlotSetAside:
     """A slot drifts or is throttled: it gets no more trials, and those that still matter are run again elsewhere.
 
@@ -326,7 +326,7 @@ class SlotSetAside:
     repeat: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SlotRestored:
     """A slot that was set aside gets trials again."""
 
@@ -350,7 +350,7 @@ Event = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """An event with its place and time in the journal.
 

@@ -5,7 +5,8 @@ Which trial goes to which slot is `schedule`'s business; here are verdicts, move
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from raysearch import judge, schedule
@@ -21,8 +22,9 @@ from raysearch.model import (
     Verdict,
 )
 from raysearch.schedule import Slot
-from raysearch.study import CandidateState, Lane, Study, TrialState, baseline_id, screen_id
+from raysearch.study import CandidateState, Lane, Study, TrialState, baseline_id, candidate_number, screen_id
 
+NO_IDEAS_AFTER = 4  # fruitless asks of a proposer in a row, after which it is taken to have none
 MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
@@ -121,12 +123,11 @@ def next_commands(
         return decisions
     if draining:
         return [] if study.running else [Finish("stopped: the runs in flight have ended")]
-    busy = {state.slot for state in study.running.values()}
     free: dict[str, list[Slot]] = {}
     present: dict[str, int] = {}
     for slot in slots:
         present[slot.profile] = present.get(slot.profile, 0) + 1
-        if slot.id not in busy and slot.id not in study.aside:
+        if slot.id not in study.busy and slot.id not in study.aside:
             free.setdefault(slot.profile, []).append(slot)
     commands: list[Command] = []
     for slug, lane in study.lanes.items():
@@ -154,14 +155,14 @@ def _decisions(study: Study, slots: Sequence[Slot]) -> list[Command]:
         if winner is not None:  # alone: whatever else was confirmed here is carried onto it afterwards
             commands.append(MoveRatchet(lane.profile.slug, winner.candidate, lane.champion_commit))
             continue
-        commands += _verdicts(study, lane)
-        commands += _health(study, lane, slots)
+        # what becomes of a slot is said when nothing is to be judged: a verdict may close what a trial was for
+        commands += _verdicts(study, lane) or _health(study, lane, slots)
     return commands
 
 
 def _winner(study: Study, lane: Lane) -> CandidateState | None:
     """The best of those that were confirmed against the champion."""
-    found = [study.candidates[name] for name in lane.confirmed if study.built_on_id(name) == lane.champion]
+    found = [study.candidates[name] for name in lane.confirmed if study.candidates[name].base == lane.champion]
     return max(found, key=lambda state: state.gain or 0.0, default=None)
 
 
@@ -190,7 +191,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
         outcome = run.outcome.value if run.outcome else ""
         return Judged(state.id, Verdict.DISCARD, f"{outcome}: {run.reason}")
     known = study.judge(lane)
-    base_values = lane.fresh.values(study.built_on_id(state.id))
+    base_values = study.base_values(lane, state)
     if known is None or not (base_values or study.settings.rules.greedy):
         return None
     if study.settings.rules.greedy:
@@ -211,20 +212,21 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
     if failed is not None:
         outcome = failed.outcome.value if failed.outcome else ""
         return Judged(state.id, Verdict.DISCARD, f"its re-run {outcome}: {failed.reason}", pairs=state.pairs)
-    if len(runs) >= study.settings.rules.max_pairs + schedule.SPARE_PAIRS and all(
-        schedule.is_spoilt(study, run) for run in runs
-    ):
-        reason = "the program that it was built on failed again and again"
-        return Judged(state.id, Verdict.DISCARD, reason, pairs=state.pairs)
     pairs = study.race_pairs(state)
+    spoilt = sum(schedule.is_spoilt(study, run) for run in runs)
+    last = len(runs) >= study.settings.rules.max_pairs + schedule.SPARE_PAIRS and spoilt + len(pairs) == len(runs)
+    failing = "the program that it was built on failed again and again"
+    if last and len(pairs) <= state.pairs:
+        return Judged(state.id, Verdict.DISCARD, failing, state.delta, state.delta_se, pairs=state.pairs)
     if known is None or len(pairs) <= state.pairs:
         return None
     screened = None if state.candidate.proposal.carries else study.screen_evidence(lane, state, known)
     found = known.race(pairs, screened=screened, simplifies=study.simplifies(state))
+    undecided = last and found.verdict is Verdict.RETEST
     return Judged(
         state.id,
-        found.verdict,
-        found.reason,
+        Verdict.DISCARD if undecided else found.verdict,
+        f"{found.reason}; {failing}" if undecided else found.reason,
         found.delta,
         found.delta_se,
         pairs=len(pairs),
@@ -239,15 +241,21 @@ def _health(study: Study, lane: Lane, slots: Sequence[Slot]) -> list[Command]:
     slug = lane.profile.slug
     commands: list[Command] = []
     if lane.health.changed and noise is not None:
-        here = {slot.id for slot in slots if slot.profile == slug} - set(study.aside)
-        for found in lane.health.suspects(noise.sigma):
+        suspects = lane.health.suspects(noise.sigma)
+        here = {slot.id for slot in slots if slot.profile == slug} - set(study.aside) if suspects else set[str]()
+        for found in suspects:
             if found.slot in here and len(here) > 1:
                 here.discard(found.slot)
                 repeat = tuple(trial for trial in found.trials if _matters(study, lane, study.trials[trial]))
                 commands.append(Conclude(SlotSetAside(found.slot, slug, found.reason, repeat)))
+    if not study.aside:
+        return commands
+    there = {slot.id for slot in slots if slot.profile == slug}
     over_s = ASIDE_TRIALS * (lane.wall_s or 0.0)
     for slot, event in study.aside.items():
-        if event.profile == slug and study.last_at - study.aside_at[slot] > over_s:
+        # those that were better may have left meanwhile: a slot that drifts is better than none
+        needed = slot in there and there <= set(study.aside)
+        if event.profile == slug and (needed or study.last_at - study.aside_at[slot] > over_s):
             commands.append(Conclude(SlotRestored(slot, slug)))
     return commands
 
@@ -258,9 +266,7 @@ def _matters(study: Study, lane: Lane, run: TrialState) -> bool:
         return False
     if run.trial.purpose is Purpose.SCREEN:
         return run.trial.candidate in lane.screened
-    if run.trial.purpose is Purpose.RACE:
-        return run.trial.candidate in lane.racing
-    return any(study.trials[race].trial.candidate in lane.racing for race in lane.rivals.get(run.trial.id, ()))
+    return schedule.is_awaited(study, lane, run.trial)
 
 
 # ---- carrying ----
@@ -279,15 +285,28 @@ def _carry(study: Study, present: Mapping[str, int], *, waits: bool) -> Carry | 
         if names:
             return _onto(study, lane, names, study.candidates[lane.champion])
     for slug, lane in study.lanes.items():
-        if slug not in present:
-            continue
-        bases = {name: study.built_on_id(name) for name in lane.line}
-        alive = {base: study.lives(lane, base) for base in set(bases.values())}
-        if waits or sum(alive[base] for base in bases.values()) < min(FEW, present[slug]):
-            name = next((name for name, base in bases.items() if not alive[base]), None)
-            if name is not None:
-                return _onto(study, lane, (name,), study.head(lane))
+        name = _next_dead(study, lane, present.get(slug, 0), waits=waits)
+        if name is not None:
+            return _onto(study, lane, (name,), study.head(lane))
     return None
+
+
+def _next_dead(study: Study, lane: Lane, present: int, *, waits: bool) -> str | None:
+    """The first change in line whose base is no more, if a slot waits for it or few others are ready."""
+    alive: dict[str, bool] = {}
+    ready, dead, enough = 0, None, min(FEW, present)
+    for name in lane.line:
+        base = study.candidates[name].base
+        if base not in alive:
+            alive[base] = study.lives(lane, base)
+        ready += alive[base]
+        if not alive[base] and dead is None:
+            dead = name
+        if ready >= enough and not waits:
+            return None
+        if waits and dead is not None:
+            return dead
+    return dead if present else None
 
 
 def _onto(study: Study, lane: Lane, names: Sequence[str], head: CandidateState) -> Carry:
@@ -303,18 +322,19 @@ def _stranded_wins(study: Study, lane: Lane) -> tuple[str, ...]:
         if left:
             return left
         parted.update(part)
-    return tuple(
-        name for name in lane.confirmed if name not in parted and not study.lives(lane, study.built_on_id(name))
-    )
+    stranded = [
+        name for name in lane.confirmed if name not in parted and not study.lives(lane, study.candidates[name].base)
+    ]
+    return tuple(sorted(stranded, key=candidate_number))  # what was built on another of them is merged after it
 
 
 def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
     """A promising change whose race has not begun and whose base is no more, or whose base never had a fresh run."""
     for name in lane.racing:
-        if not study.candidates[name].races and not study.lives(lane, study.built_on_id(name)):
+        if not study.candidates[name].races and not study.lives(lane, study.candidates[name].base):
             return (name,)
     for name in lane.screened:
-        base = study.built_on_id(name)
+        base = study.candidates[name].base
         if not lane.fresh.values(base) and not study.lives(lane, base):
             return (name,)
     return ()
@@ -328,16 +348,17 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
     slug = lane.profile.slug
     if not present or lane.blocked or lane.refusals >= MOST_REFUSALS:
         return []
-    lines = _in_line(study, lane)
+    lines = Counter(lane.line.values())
     limit = study.settings.max_trials
-    left = None if limit is None else limit - lane.screens
+    on_its_way = sum(count for (profile, _), count in asking.items() if profile == slug)
+    left = None if limit is None else limit - lane.screens - on_its_way
     base: str | None = None
     commands: list[Command] = []
     for place, proposer in enumerate(study.settings.proposers):
         if asking.get((slug, proposer)):
             continue
         wanted = idle + present if place == 0 else -(-present // SIDE_SHARE)
-        have = sum(lines.values()) if place == 0 else lines.get(proposer, 0)
+        have = len(lane.line) if place == 0 else lines[proposer]
         count = wanted - have if left is None else min(wanted - have, left)
         if count <= 0:
             continue
@@ -346,14 +367,6 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
             base = _commit_of(lane, study.head(lane))
         commands.append(Ask(slug, proposer, count, base))
     return commands
-
-
-def _in_line(study: Study, lane: Lane) -> dict[str, int]:
-    lines: dict[str, int] = {}
-    for name in lane.line:
-        proposer = study.candidates[name].candidate.proposal.proposer
-        lines[proposer] = lines.get(proposer, 0) + 1
-    return lines
 
 
 def _commit_of(lane: Lane, head: CandidateState) -> str:
@@ -379,3 +392,24 @@ def _ending(study: Study, served: Sequence[Lane], asking: Asking, accepting: boo
         reason = next(reason for proposal, reason in reversed(study.refused) if proposal.profile == slug)
         return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
     return []
+
+
+def is_out_of_ideas(study: Study, served: Iterable[str], fruitless: Mapping[tuple[str, str], int]) -> bool:
+    """Whether nothing is open and nobody who can be asked has an idea.
+
+    Args:
+        study: Its state.
+        served: Profiles that have slots.
+        fruitless: (profile, proposer) -> how many asks in a row have given nothing.
+    """
+    lanes = [study.lanes[slug] for slug in served if not study.lanes[slug].blocked]
+    if study.running or not lanes or any(lane.open for lane in lanes):
+        return False
+    limit = study.settings.max_trials
+    some = max if limit else min  # what was left of a limit may all have been one proposer's to give
+    return all(
+        lane.refusals >= MOST_REFUSALS
+        or (limit is not None and lane.screens >= limit)
+        or some(fruitless.get((lane.profile.slug, name), 0) for name in study.settings.proposers) >= NO_IDEAS_AFTER
+        for lane in lanes
+    )

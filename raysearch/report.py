@@ -15,7 +15,7 @@ from statistics import median
 from typing import TypedDict
 
 from raysearch import schedule, tally
-from raysearch.model import Outcome, Profile
+from raysearch.model import Operator, Outcome, Profile
 from raysearch.study import Study
 from raysearch.tally import Fate, Line, Standing, TimeUse
 from raysearch.wording import (
@@ -168,7 +168,7 @@ def summary_markdown(study: Study, *, name: str, metric: str) -> str:
     for slug in study.lanes:
         own = [line for line in lines if line.state.candidate.profile == slug]
         text += _profile_part(study, slug, own, metric)
-    text += _proposers_part(study)
+    text += _proposers_part(study) + _travelled_part(study)
     text += _refusals_part(study)
     return "\n".join(text).rstrip() + "\n"
 
@@ -269,6 +269,16 @@ def _counts_part(study: Study, slug: str, lines: list[Line]) -> list[str]:
     if fates:
         unrun = f" ({carried} of the carried ones before any run)" if carried else ""
         text.append(f"- Candidates: {_counted(fates)}{unrun}.")
+    lane = study.lane(slug)
+    if lane.futile:
+        saved = spelled(lane.saved_s)
+        text.append(
+            f"- Stopped at half of the budget, far behind: {plural(lane.futile, 'trial')}, which saved {saved}."
+        )
+    text.append(f"- Of the changes that are tried at this point, about {100 * lane.prior.better():.0f} % help.")
+    aside = [f"{event.slot} ({_md(event.reason)})" for event in study.aside.values() if event.profile == slug]
+    if aside:
+        text.append(f"- Slots set aside: {'; '.join(aside)}.")
     return [*text, ""]
 
 
@@ -326,6 +336,19 @@ def _proposers_part(study: Study) -> list[str]:
     return ["## Proposers", "", *_table(head, rows), ""]
 
 
+def _travelled_part(study: Study) -> list[str]:
+    """Wins that began as a step of another profile's ratchet."""
+    rows = [
+        [_md(slug), win.candidate, _md(root.source), _md(root.hypothesis)]
+        for slug, lane in study.lanes.items()
+        for win in lane.wins
+        for root in study.roots(study.candidate(win.candidate).candidate.proposal)
+        if root.operator is Operator.TRANSFER
+    ]
+    head = ["won on", "candidate", "from", "hypothesis"]
+    return ["## Ideas that travelled", "", *_table(head, rows), ""] if rows else []
+
+
 def _refusals_part(study: Study) -> list[str]:
     reasons = tally.refusals(study)
     if not reasons:
@@ -377,7 +400,11 @@ class ProfileStatus(TypedDict):
     gain: float | None
     holdout: float | None
     wins: int
+    frontier: list[str]
     queued: int
+    futile: int
+    saved_s: float
+    slots_aside: list[str]
     blocked: str
 
 
@@ -517,7 +544,11 @@ def _profile_status(study: Study, slug: str, queued: int) -> ProfileStatus:
         gain=_finite(None if at.delta is None else gain(at.delta, study.settings.direction)),
         holdout=_finite(at.holdout),
         wins=len(at.steps),
+        frontier=[name for name in study.lane(slug).racing if study.lives(study.lane(slug), name)],
         queued=queued,
+        futile=study.lane(slug).futile,
+        saved_s=round(study.lane(slug).saved_s, 1),
+        slots_aside=[slot for slot, event in study.aside.items() if event.profile == slug],
         blocked=at.blocked,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from raysearch import bandit, futility
 from raysearch.bandit import Arm
@@ -28,6 +29,7 @@ from raysearch.study import (
 
 FRESH_TRIALS = 8.0  # durations of a trial after which a reference run is too old for a new pair
 LOOK_BACK = 12  # of a program's fresh runs, the latest ones, that are looked at for a pair
+LOST_TOUCH = 8  # hopeless first runs in a row after which the champion is run again
 SPARE_PAIRS = 2  # pairs beyond the cap, in place of those whose other side failed
 
 
@@ -88,12 +90,19 @@ def _urgent(study: Study, lane: Lane) -> Iterator[Trial]:
 
 def _wanted(study: Study, lane: Lane, trial: Trial) -> bool:
     """Whether a trial that was lost is still of use."""
+    if trial.purpose is Purpose.SCREEN:
+        return trial.candidate in lane.open
     if trial.purpose is Purpose.BASELINE and not study.baseline_done(lane):
         return True
-    if trial.purpose in (Purpose.BASELINE, Purpose.REFERENCE):
-        races = lane.rivals.get(trial.id, ())
-        return trial.candidate == lane.champion or any(study.trials[r].trial.candidate in lane.racing for r in races)
-    return trial.candidate in lane.open and (trial.purpose is Purpose.SCREEN or trial.candidate in lane.racing)
+    if trial.purpose is not Purpose.RACE and trial.candidate == lane.champion:
+        return True
+    return is_awaited(study, lane, trial)
+
+
+def is_awaited(study: Study, lane: Lane, trial: Trial) -> bool:
+    """Whether a run is a side of a pair in a race that goes on; a candidate's own run may be another's other side."""
+    own = (trial.id,) if trial.purpose is Purpose.RACE else ()
+    return any(study.trials[race].trial.candidate in lane.racing for race in (*own, *lane.rivals.get(trial.id, ())))
 
 
 def _baselines(study: Study, lane: Lane) -> Iterator[Trial]:
@@ -106,41 +115,51 @@ def _baselines(study: Study, lane: Lane) -> Iterator[Trial]:
 
 def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
     """The runs that races need now, the other side of each pair first; with `ahead`, up to the cap on pairs."""
+    known = study.judge(lane)
+    if known is None:
+        return
+    cap = study.settings.rules.max_pairs
     planned: dict[str, list[Trial]] = {}
-    for name in lane.racing:
-        state = study.candidates[name]
-        base = study.built_on(state.candidate)
-        if not state.races and not study.lives(lane, base.id):
-            continue  # it is carried instead, and raced there
-        for run in state.races:
-            rival = study.trials[run].trial.rival
-            if rival is not None and rival not in study.trials:
-                yield _reference(lane, base, rival)
-        good = [run for run in state.races if not is_spoilt(study, study.trials[run])]
-        known = study.judge(lane)
-        if known is None:
-            return
-        cap = study.settings.rules.max_pairs
-        wanted = cap if ahead else known.wanted_pairs(state.gain, state.pairs)
-        used = {study.trials[run].trial.rival for run in state.races}
-        for pair in range(len(state.races) + 1, len(state.races) + 1 + wanted - len(good)):
-            if pair > cap + SPARE_PAIRS:
-                break
-            theirs = _other_side(study, lane, base, used, planned.setdefault(base.id, []))
-            used.add(theirs.id)
-            if theirs.id not in study.trials:
-                yield theirs
-            yield Trial(
-                race_id(name, pair),
-                name,
-                lane.profile.slug,
-                state.candidate.commit,
-                Purpose.RACE,
-                theirs.seed,
-                rival=theirs.id,
-                pair=pair,
-                holdout=pair == 1,
-            )
+    seeds: dict[str, set[int]] = {}
+    more = dict.fromkeys(lane.racing, 0)  # pairs that were planned here
+    # what is run ahead is planned on top of what is needed: a program may be raced and be another's other side at once
+    for further in (False, True) if ahead else (False,):
+        for name in lane.racing:
+            state = study.candidates[name]
+            base = study.candidates[state.base]
+            if not state.races and not study.lives(lane, base.id):
+                continue  # it is carried instead, and raced there
+            for run in state.races:
+                rival = study.trials[run].trial.rival
+                if rival is not None and rival not in study.trials:
+                    yield _reference(lane, base, rival)
+            good = sum(not is_spoilt(study, study.trials[run]) for run in state.races)
+            wanted = cap if further else known.wanted_pairs(state.gain, state.pairs)
+            while good + more[name] < wanted and len(state.races) + more[name] < cap + SPARE_PAIRS:
+                for program in (name, base.id):
+                    if program not in seeds:
+                        seeds[program] = _seeds(study, lane, program)
+                theirs = _other_side(study, lane, base, seeds, but=seeds[name], planned=planned.setdefault(base.id, []))
+                seeds[base.id].add(theirs.seed)
+                seeds[name].add(theirs.seed)
+                more[name] += 1
+                if theirs.id not in study.trials:
+                    yield theirs
+                yield _race(state, theirs, len(state.races) + more[name])
+
+
+def _race(state: CandidateState, theirs: Trial, pair: int) -> Trial:
+    return Trial(
+        race_id(state.id, pair),
+        state.id,
+        theirs.profile,
+        state.candidate.commit,
+        Purpose.RACE,
+        theirs.seed,
+        rival=theirs.id,
+        pair=pair,
+        holdout=pair == 1,
+    )
 
 
 def is_spoilt(study: Study, run: TrialState) -> bool:
@@ -149,24 +168,42 @@ def is_spoilt(study: Study, run: TrialState) -> bool:
     return theirs is not None and theirs.outcome is not None and theirs.value is None
 
 
-def _other_side(study: Study, lane: Lane, base: CandidateState, used: set[str | None], planned: list[Trial]) -> Trial:
+def _other_side(
+    study: Study, lane: Lane, base: CandidateState, seeds: dict[str, set[int]], *, but: set[int], planned: list[Trial]
+) -> Trial:
     """A run of the base for one more pair: one that is recent, in flight or planned, else a new one.
 
     Races of several candidates share them: each pair still has its own seed, and is two runs of about the same time.
+
+    Args:
+        study: Its state.
+        lane: The profile's.
+        base: What the candidate was built on.
+        seeds: Of the fresh runs of programs, what is planned included.
+        but: Seeds that the candidate has had: a program that ran twice with one seed would know too little noise.
+        planned: Runs of the base that are new; one more may be added.
     """
     oldest = study.last_at - FRESH_TRIALS * (lane.wall_s or 0.0)
     runs = lane.fresh_runs.get(base.id, [])
     for name in reversed(runs[-LOOK_BACK:]):
         run = study.trials[name]
         recent = run.finished_at is None or run.finished_at >= oldest
-        if name not in used and run.outcome in (None, Outcome.MEASURED) and recent:
+        if run.trial.seed not in but and run.outcome in (None, Outcome.MEASURED) and recent:
             return run.trial
     for trial in planned:
-        if trial.id not in used:
+        if trial.seed not in but:
             return trial
-    number = sum(study.trials[name].trial.purpose is Purpose.REFERENCE for name in runs) + len(planned) + 1
-    planned.append(_reference(lane, base, reference_id(base.id, number)))
+    planned.append(_new_reference(lane, base, seeds[base.id] | but))
     return planned[-1]
+
+
+def _seeds(study: Study, lane: Lane, program: str) -> set[int]:
+    return {study.trials[name].trial.seed for name in lane.fresh_runs.get(program, ())}
+
+
+def _new_reference(lane: Lane, base: CandidateState, seeds: set[int]) -> Trial:
+    number = next(number for number in count(1) if REFERENCE_SEEDS + number not in seeds)
+    return _reference(lane, base, reference_id(base.id, number))
 
 
 def _reference(lane: Lane, base: CandidateState, name: str) -> Trial:
@@ -176,12 +213,16 @@ def _reference(lane: Lane, base: CandidateState, name: str) -> Trial:
 
 def _repeats(study: Study, lane: Lane) -> Iterator[Trial]:
     """A run of the champion now and then: for σ, for its value, and for the slots' health; races use it as well."""
-    if study.settings.rules.greedy or not lane.line or lane.repeats >= study.settings.noise_share * lane.started:
+    if study.settings.rules.greedy or not lane.line or not _is_due(lane, study.settings.noise_share):
         return
     champion = study.candidates[lane.champion]
-    runs = lane.fresh_runs.get(champion.id, [])
-    number = sum(study.trials[name].trial.purpose is Purpose.REFERENCE for name in runs) + 1
-    yield _reference(lane, champion, reference_id(champion.id, number))
+    yield _new_reference(lane, champion, _seeds(study, lane, champion.id))
+
+
+def _is_due(lane: Lane, share: float) -> bool:
+    """Whether the champion was not run for so long, or whether nothing looks any good since: the machine may differ."""
+    since = lane.started - lane.repeated_at
+    return share > 0 and (since * share >= 1 or lane.hopeless >= since >= LOST_TOUCH)
 
 
 def _screens(study: Study, lane: Lane) -> Iterator[Trial]:
@@ -206,7 +247,7 @@ def _lines(study: Study, lane: Lane) -> dict[Arm, list[str]]:
     alive: dict[str, bool] = {}
     lines: dict[Arm, list[str]] = {}
     for name in lane.line:
-        base = study.built_on_id(name)
+        base = study.candidates[name].base
         if base not in alive:
             alive[base] = study.lives(lane, base)
         if alive[base]:
@@ -229,13 +270,13 @@ def _screen(study: Study, lane: Lane, state: CandidateState) -> Trial:
     rules = study.settings.rules
     if rules.greedy or not study.settings.futility or noise is None or futility.spared(state.id):
         return trial
-    half = lane.halves.mean(study.built_on_id(state.id))
+    half = lane.halves.mean(state.base)
     return replace(trial, futile_above=lane.futility.bound(half, noise.sigma))
 
 
-def chance(seed: int, count: int) -> Callable[[], float]:
+def chance(seed: int, place: int) -> Callable[[], float]:
     """Numbers that are uniform in [0, 1) and the same for the same state (SplitMix64: Steele et al., OOPSLA 2014)."""
-    state = (seed * 0x9E3779B97F4A7C15 + count * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
+    state = (seed * 0x9E3779B97F4A7C15 + place * 0xD1342543DE82EF95) & 0xFFFFFFFFFFFFFFFF
 
     def draw() -> float:
         nonlocal state

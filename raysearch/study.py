@@ -6,7 +6,7 @@ whatever the length of the study.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from raysearch import bandit, judge
@@ -41,6 +41,7 @@ from raysearch.model import (
 
 REFERENCE_SEEDS = 1_000  # the n-th reference run of a program has the seed 1000 + n
 SCREEN_SEEDS = 100_000  # and the n-th candidate's first run 100000 + n, so that no race repeats it
+HOPELESS = 0.02  # P(better) under which a first run is next to hopeless
 RECENT = 0.2  # of a new trial in the running mean of their seconds
 
 
@@ -80,7 +81,7 @@ class Settings:
 # ---- state ----
 
 
-@dataclass
+@dataclass(slots=True)
 class TrialState:
     """A trial with its last attempt; `outcome` is None while it is queued again or in flight."""
 
@@ -103,11 +104,12 @@ class TrialState:
         return self.measurement.value if self.measurement else None
 
 
-@dataclass
+@dataclass(slots=True)
 class CandidateState:
     """A candidate on its way. `verdict` is None before the screening run was judged.
 
     Attributes:
+        base: Id of the candidate that it was built on; its own for a profile's first program.
         p_better, gain: See `model.Judged`; of a change that is carried, of what it carries.
         races: Ids of its own runs in pairs, in the order in which they were started.
         seconds: Of slots, that its own runs took.
@@ -115,6 +117,7 @@ class CandidateState:
 
     candidate: Candidate
     created_at: float
+    base: str
     verdict: Verdict | None = None
     reason: str = ""
     delta: float | None = None
@@ -152,7 +155,7 @@ class Lane:
         champion: Candidate whose tree is the ratchet's newest commit.
         champion_commit: That commit.
         open: Candidates that still need something, oldest first. Each is in at most one of the next four.
-        line: Those that wait for their first run.
+        line: Those that wait for their first run, with their proposers.
         racing: Those that passed it and are raced: the frontier, as far as what they are built on lives.
         confirmed: Those that won against what they were built on and are not on the ratchet yet.
         screened: Those whose first run has ended and is not judged.
@@ -169,7 +172,8 @@ class Lane:
         unmerged: Wins that are in conflict with the champion.
         wall_s: About how long a trial takes; None before one was measured.
         started: Trials that were started.
-        repeats: Of these, references and baselines.
+        repeated_at: How many had been started when the champion's latest fresh run was.
+        hopeless: First runs in a row that were judged next to hopeless.
         futile: Trials that were stopped at half of their budget, and the seconds that this saved.
         blocked: Why nothing can be run here, if so.
     """
@@ -181,7 +185,7 @@ class Lane:
     futility: Futility
     wins: list[Win] = field(default_factory=list[Win])
     open: dict[str, None] = field(default_factory=dict[str, None])
-    line: dict[str, None] = field(default_factory=dict[str, None])
+    line: dict[str, str] = field(default_factory=dict[str, str])
     racing: dict[str, None] = field(default_factory=dict[str, None])
     confirmed: dict[str, None] = field(default_factory=dict[str, None])
     screened: dict[str, None] = field(default_factory=dict[str, None])
@@ -203,7 +207,8 @@ class Lane:
     unmerged: list[str] = field(default_factory=list[str])
     wall_s: float | None = None
     started: int = 0
-    repeats: int = 0
+    repeated_at: int = 0
+    hopeless: int = 0
     futile: int = 0
     saved_s: float = 0.0
     blocked: str = ""
@@ -218,7 +223,7 @@ class Study:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.seq = 0
+        self.seq: int = 0
         self.started_at: float | None = None
         self.last_at = 0.0
         self.sessions: list[Record] = []
@@ -226,6 +231,7 @@ class Study:
         self.candidates: dict[str, CandidateState] = {}
         self.trials: dict[str, TrialState] = {}
         self.running: dict[str, TrialState] = {}
+        self.busy: dict[str, str] = {}  # slot -> the trial on it
         self.waiting: dict[str, Proposal] = {}  # proposed, not yet a commit
         self.refused: list[tuple[Proposal, str]] = []
         self.aside: dict[str, SlotSetAside] = {}  # slots that get no trials
@@ -278,6 +284,7 @@ class Study:
             state.running = False
             self.lane(state.trial.profile).again[state.trial.id] = None
         self.running.clear()
+        self.busy.clear()
         self.aside.clear()  # a new session looks at the slots anew
         self.aside_at.clear()
         for lane in self.lanes.values():
@@ -298,7 +305,9 @@ class Study:
             proposer="preset",
         )
         candidate = Candidate(proposal=proposal, commit=event.commit, fingerprint=event.fingerprint)
-        self.candidates[candidate.id] = CandidateState(candidate, at, verdict=Verdict.KEEP, ratchet_commit=event.commit)
+        self.candidates[candidate.id] = CandidateState(
+            candidate, at, candidate.id, verdict=Verdict.KEEP, ratchet_commit=event.commit
+        )
         futility = Futility(self.settings.direction)
         lane = Lane(event.profile, candidate.id, candidate.id, event.commit, futility)
         self.lanes[slug] = lane
@@ -315,8 +324,8 @@ class Study:
         for carried in [self._open(name) for name in proposal.carries]:
             carried.carried_by = proposal.id
             self._close(lane, carried.id)
-        if proposal.carries in lane.splits:
-            lane.splits.remove(proposal.carries)
+        # a part may have lost a member to a conflict before it is carried
+        lane.splits = [part for part in lane.splits if not set(part) & set(proposal.carries)]
         if proposal.source:
             lane.sources.add(proposal.source)
         self.proposals += 1
@@ -327,7 +336,7 @@ class Study:
         proposal = self._take_waiting(event.proposal_id)
         self.refused.append((proposal, event.reason))
         lane = self.lane(proposal.profile)
-        if len(proposal.carries) > 1:  # together they are no program: each part by itself may be
+        if self._union(proposal):  # together they are no program: each part by itself may be
             self._split(lane, proposal)
         elif not proposal.carries or self.candidate(proposal.carries[0]).verdict is None:
             lane.screens -= 1
@@ -337,7 +346,7 @@ class Study:
     def _materialise(self, event: Materialised, at: float) -> None:
         proposal = self._take_waiting(event.proposal_id)
         candidate = Candidate(proposal, event.commit, event.fingerprint, event.size)
-        state = CandidateState(candidate, at)
+        state = CandidateState(candidate, at, self._by_commit[f"{candidate.profile}:{proposal.base}"])
         lane = self.lane(candidate.profile)
         self.candidates[candidate.id] = state
         lane.open[candidate.id] = None
@@ -350,7 +359,7 @@ class Study:
             state.p_better = min(one.p_better or 0.0 for one in carried)
             lane.racing[candidate.id] = None
         else:
-            lane.line[candidate.id] = None
+            lane.line[candidate.id] = proposal.proposer
         lane.refusals = 0
         lane.fingerprints.setdefault(event.fingerprint, candidate.id)
         self._by_commit[f"{candidate.profile}:{event.commit}"] = candidate.id
@@ -383,6 +392,7 @@ class Study:
             raise InvalidTransition(f"trial {trial.id} is started again; its last attempt: {before}")
         state = TrialState(trial, event.attempt, event.slot, at, losses=before.losses if before else 0)
         self.trials[trial.id] = self.running[trial.id] = state
+        self.busy[event.slot] = trial.id
         lane.again.pop(trial.id, None)
         if before is not None:
             return
@@ -391,12 +401,12 @@ class Study:
         if trial.purpose is Purpose.SCREEN:
             return
         lane.fresh_runs.setdefault(trial.candidate, []).append(trial.id)
+        if trial.candidate == lane.champion:
+            lane.repeated_at = lane.started
         if trial.purpose is Purpose.RACE:
             candidate.races.append(trial.id)
             if trial.rival is not None:
                 lane.rivals.setdefault(trial.rival, []).append(trial.id)
-        else:
-            lane.repeats += 1
 
     def _finish(self, event: TrialFinished, at: float) -> None:
         state = self.trials.get(event.trial_id)
@@ -406,6 +416,7 @@ class Study:
             raise InvalidTransition(f"{event.trial_id} was measured, but has no measurement")
         state.running = False
         del self.running[event.trial_id]
+        self.busy.pop(state.slot, None)
         state.finished_at, state.reason, state.log_tail = at, event.reason, event.log_tail
         state.losses += event.outcome is Outcome.LOST
         lane = self.lane(state.trial.profile)
@@ -438,6 +449,8 @@ class Study:
             return
         if trial.purpose is Purpose.BASELINE and state.outcome is not Outcome.MEASURED:
             lane.blocked = f"its baseline {trial.id} {state.outcome.value if state.outcome else ''}: {state.reason}"
+        if trial.purpose is Purpose.BASELINE:  # nothing was judged without it: neither at first nor when it ran again
+            lane.due |= lane.screened | lane.racing
         if state.halfway is not None:
             lane.halves.add(trial.candidate, state.halfway)
         if state.value is not None:
@@ -445,7 +458,7 @@ class Study:
         for race in (trial.id, *lane.rivals.get(trial.id, ())):
             self._learn_pair(lane, race)
         # whoever waits for a first fresh run of what it was built on
-        lane.due |= {name: None for name in lane.screened if self.built_on_id(name) == trial.candidate}
+        lane.due |= {name: None for name in lane.screened if self.candidates[name].base == trial.candidate}
 
     def _learn_curve(self, lane: Lane, candidate: CandidateState, state: TrialState) -> None:
         base = self.built_on(candidate.candidate).id
@@ -480,9 +493,11 @@ class Study:
         lane = self.lane(state.candidate.profile)
         if event.candidate in lane.line:  # in conflict with a new champion before its turn came
             lane.screens -= 1
-        elif not event.conflict:
-            self._learn_effect(lane, state, event)
         won = state.verdict is Verdict.KEEP
+        if event.candidate not in lane.line and not event.conflict and not won:
+            self._learn_effect(lane, state, event)
+        if event.candidate in lane.screened:
+            lane.hopeless = lane.hopeless + 1 if (event.p_better or 0.0) < HOPELESS else 0
         state.judged_at = at
         state.verdict, state.reason = event.verdict, event.reason
         state.delta, state.delta_se, state.pairs = event.delta, event.delta_se, event.pairs
@@ -497,7 +512,7 @@ class Study:
             if won and event.conflict:
                 lane.unmerged.append(event.candidate)
             self._close(lane, event.candidate)
-            if len(state.candidate.proposal.carries) > 1:
+            if self._union(state.candidate.proposal):
                 self._split(lane, state.candidate.proposal)
             elif state.seconds > 0:
                 self._count_try(lane, state, None)
@@ -518,13 +533,21 @@ class Study:
 
     def _split(self, lane: Lane, union: Proposal) -> None:
         """Opens the members of a union that fell short again, to be carried in two halves."""
-        for name in union.carries:
+        names = self._union(union)
+        for name in names:
             member = self.candidates[name]
             member.carried_by = None
             lane.open[name] = None
             lane.confirmed[name] = None
-        middle = (len(union.carries) + 1) // 2
-        lane.splits += [part for part in (union.carries[:middle], union.carries[middle:]) if part]
+        middle = (len(names) + 1) // 2
+        lane.splits += [names[:middle], names[middle:]]
+
+    def _union(self, proposal: Proposal) -> tuple[str, ...]:
+        """The members of the union that a proposal is, or that it carries onto a newer champion; empty for others."""
+        carries = proposal.carries
+        while len(carries) == 1:
+            carries = self.candidates[carries[0]].candidate.proposal.carries
+        return carries
 
     def _move(self, event: RatchetMoved, at: float) -> None:
         lane = self.lane(event.profile)
@@ -615,19 +638,18 @@ class Study:
 
     def built_on(self, candidate: Candidate) -> CandidateState:
         """The candidate that `candidate`'s base commit is the tree of."""
-        return self.candidate(self._by_commit[f"{candidate.profile}:{candidate.proposal.base}"])
+        return self.candidates[self.candidates[candidate.id].base]
 
     def built_on_id(self, candidate_id: str) -> str:
-        """Id of the candidate that a candidate was built on."""
-        candidate = self.candidates[candidate_id].candidate
-        return self._by_commit[f"{candidate.profile}:{candidate.proposal.base}"]
+        """Its id."""
+        return self.candidates[candidate_id].base
 
     def lives(self, lane: Lane, candidate_id: str) -> bool:
         """Whether it may be built upon: the champion, or a candidate on the way to it."""
         while candidate_id != lane.champion:
             if candidate_id not in lane.racing and candidate_id not in lane.confirmed:
                 return False
-            candidate_id = self.built_on_id(candidate_id)
+            candidate_id = self.candidates[candidate_id].base
         return True
 
     def head(self, lane: Lane) -> CandidateState:
@@ -650,7 +672,7 @@ class Study:
             if (state.p_better or 0.0) < self.settings.rules.frontier_probability:
                 return 0.0
             promised += state.gain or 0.0
-            candidate_id = self.built_on_id(candidate_id)
+            candidate_id = self.candidates[candidate_id].base
         return promised
 
     def judge(self, lane: Lane) -> judge.Judge | None:
@@ -671,10 +693,15 @@ class Study:
     def screen_evidence(self, lane: Lane, state: CandidateState, known: judge.Judge) -> judge.Evidence | None:
         """What a candidate's first run said against what it was built on."""
         screened = self.trials.get(screen_id(state.id))
-        base_values = lane.fresh.values(self.built_on_id(state.id))
-        if screened is None or screened.value is None or not base_values:
+        if screened is None or screened.value is None or not lane.fresh.values(state.base):
             return None
-        return known.screened(screened.value, base_values)
+        return known.screened(screened.value, self.base_values(lane, state))
+
+    def base_values(self, lane: Lane, state: CandidateState) -> Sequence[float]:
+        """Fresh values of what a candidate was built on, as far as the machine is still the one that gave them."""
+        noise = lane.noise()
+        values = lane.fresh.values(state.base)
+        return judge.current(values, noise.sigma) if noise else values
 
     def race_pairs(self, state: CandidateState) -> list[tuple[float, float]]:
         """The pairs of a candidate's race that were measured on both sides."""

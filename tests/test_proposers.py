@@ -619,8 +619,9 @@ def test_values_have_four_digits_and_stay_inside_ranges_with_more():
 
 
 @pytest.mark.parametrize("searcher", LEARN_ALL[1:])
-def test_proposals_of_one_suggestion_share_no_knob(searcher: str):
+def test_proposals_of_one_suggestion_share_no_knob(searcher: str, monkeypatch: pytest.MonkeyPatch):
     """What is asked for at once is as various as it can be, and takes a suggestion for every few proposals."""
+    monkeypatch.setattr("raysearch.proposers.tune.WILD", 0.0)
     source = "".join(f"K_{name} = 0.0  # in [0.0, 1.0]: a\n" for name in "ABCDEFGHIJKLMNOPQRST")
     proposer = TuneProposer(searcher=searcher, seed=3)
     bench = Bench(proposer, champion=source)

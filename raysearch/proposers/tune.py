@@ -45,6 +45,7 @@ PLACES = 2  # the longest move among choices that are numbers in order
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
 SUGGESTIONS = 30  # of the searcher, looked at for one proposal; then the neighbourhood is tried at random
 MODELLED_RUNS = 300  # that a new searcher is told: TPE's time grows with them, and it gives old ones next to no weight
+WILD = 0.3  # share of the proposals whose knobs move anywhere near, not towards a suggestion (docs/adr/0007)
 BEST_RUNS = 25  # of these; TPE's model of the good ones has no more
 RANDOM_DRAWS = 600  # proposals tried at random before the proposer says that it has no idea
 PACKAGES = {
@@ -185,6 +186,9 @@ class TuneProposer:
         for _ in range(SUGGESTIONS):
             while sieve.dealt:
                 values = sieve.dealt.pop(0)
+                # Runs that are asked for together follow one model: without these they would all go one way.
+                if self._searcher_name != "random" and self._random.random() < WILD:
+                    values = next(iter(self._dealt(sieve, self._anywhere(sieve))), values)
                 if sieve.passes(values):
                     return values
             trial, suggested = self._suggest(space)

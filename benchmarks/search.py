@@ -1,0 +1,325 @@
+"""How much each way of searching gains in equal GPU-hours, on a surrogate that knows the truth. It trains nothing.
+
+`python benchmarks/search.py` prints a table for each regime (how far the search has come when it starts): true gain,
+false wins and idle share, with confidence intervals over seeds. `--scaling` compares numbers of slots, `--transfer` two
+profiles with and without transfer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+import optuna
+
+from raysearch import knobs
+from raysearch.executors.simulated import apply_patch
+from raysearch.executors.surrogate import PATH, Regime, Surrogate, family, h100, program, starts, values_of
+from raysearch.knobs import Values
+from raysearch.model import Direction, Outcome
+from raysearch.proposers import Proposer, Request, Told
+from raysearch.proposers.transfer import TransferProposer
+from raysearch.proposers.tune import TuneProposer
+from raysearch.simulate import Ratcheted, fleet, simulate
+
+ARMS = ("sequential greedy", "parallel greedy", "always 3 seeds", "random", "TPE alone", "ours, 1 slot", "ours")
+FAILED_SHARE = 0.2  # of a trial's seconds that a failed one takes
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one arm came to with one seed.
+
+    Attributes:
+        gain: True improvement over the start of what it calls its best.
+        keeps: Programs that it took for better than the one before; `false` of them were not.
+        wall_h: Hours that passed.
+        idle: Share of the slots' time without a trial.
+    """
+
+    gain: float
+    keeps: int
+    false: int
+    wall_h: float
+    idle: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One arm with one seed in one regime."""
+
+    arm: str
+    regime: Regime
+    seed: int
+    slots: int
+    gpu_h: float
+    searcher: str
+
+    def run(self) -> Found:
+        """Searches until the GPU-hours are spent."""
+        card = h100()
+        start = starts(card, self.regime)
+        slots = 1 if self.arm in ("sequential greedy", "ours, 1 slot") else self.slots
+        hours = self.gpu_h / slots
+        if self.arm in ("random", "TPE alone", "always 3 seeds"):
+            return Classic(card, start, slots, hours, self.seed, self.searcher, self.arm).run()
+        rule = "greedy" if "greedy" in self.arm else "race"
+        found = simulate(
+            fleet(card, slots),
+            proposers=[TuneProposer(searcher=self.searcher, seed=self.seed)],
+            hours=hours,
+            seed=self.seed,
+            start=start,
+            options={"judge": {"rule": rule}},
+        )
+        (lane,) = found.profiles.values()
+        return Found(lane.gain, len(lane.moves), lane.false_keeps, hours, found.idle)
+
+
+# ---- arms without a coordinator, on the same programs, noise and durations ----
+
+
+@dataclass
+class Classic:
+    """Slots run programs, and one of them is called the best: by one run, or by the mean of three."""
+
+    card: Surrogate
+    start: Values
+    slots: int
+    hours: float
+    seed: int
+    searcher: str
+    arm: str
+    truth: float = field(init=False)
+    told: Callable[[Values, float | None], None] = field(init=False)
+
+    def run(self) -> Found:
+        """Searches until the time is over; no slot is ever idle."""
+        self.noise = random.Random(f"{self.arm} {self.seed}")
+        self.runs_each = 3 if self.arm == "always 3 seeds" else 1
+        self.best, self.best_value = self.start, self._measured(self.start)
+        first = self.truth = self.card.value(self.start)
+        self.keeps = self.false = 0
+        propose = self._near() if self.arm == "always 3 seeds" else self._anywhere()
+        trial_s = self.card.budget_s + self.card.around_s
+        ends: list[tuple[float, int, Values | None]] = [(0.0, slot, None) for slot in range(self.slots)]
+        while ends:
+            at, slot, values = heapq.heappop(ends)
+            if at > self.hours * 3600:
+                continue
+            if values is not None:
+                self._end(values)
+            following = propose()
+            seconds = trial_s * (FAILED_SHARE if self.card.failure(following) else self.runs_each)
+            heapq.heappush(ends, (at + seconds, slot, following))
+        return Found(first - self.truth, self.keeps, self.false, self.hours, 0.0)
+
+    def _measured(self, values: Values) -> float:
+        true = self.card.value(values)
+        return statistics.fmean(true + self.noise.gauss(0, self.card.sigma) for _ in range(self.runs_each))
+
+    def _end(self, values: Values) -> None:
+        value = None if self.card.failure(values) else self._measured(values)
+        self.told(values, value)
+        if value is None or value >= self.best_value:
+            return
+        truth = self.card.value(values)
+        self.keeps += 1
+        self.false += truth >= self.truth
+        self.best, self.best_value, self.truth = values, value, truth
+
+    def _near(self) -> Callable[[], Values]:
+        tune = TuneProposer(searcher=self.searcher, seed=self.seed)
+        known: set[str] = set()
+
+        def told(values: Values, value: float | None) -> None:
+            outcome = Outcome.CRASHED if value is None else Outcome.MEASURED
+            tune.tell(Told("card", {PATH: program(values)}, outcome, value))
+
+        def propose() -> Values:
+            text = program(self.best)
+            ideas = tune.ask(Request("card", text, {PATH: text}, 1, known, Direction.MINIMIZE))
+            changed = apply_patch(ideas[0].patch, {PATH: text})
+            known.add(knobs.fingerprint(changed))
+            return dict(values_of(changed[PATH]))
+
+        self.told = told
+        return propose
+
+    def _anywhere(self) -> Callable[[], Values]:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        samplers = optuna.samplers
+        sampler = samplers.TPESampler(seed=self.seed) if self.arm == "TPE alone" else samplers.RandomSampler(self.seed)
+        study = optuna.create_study(sampler=sampler)
+        found = knobs.read_knobs(program(self.start))
+        study.enqueue_trial({name: knob.value for name, knob in found.items()})
+        opened: dict[int, optuna.Trial] = {}
+
+        def propose() -> Values:
+            trial = study.ask()
+            values: Values = {}
+            for name, knob in found.items():
+                low, high = knob.low or 0.0, knob.high or 0.0
+                if knob.choices:
+                    values[name] = trial.suggest_categorical(name, knob.choices)
+                elif knob.is_int:
+                    values[name] = trial.suggest_int(name, int(low), int(high), log=knob.log)
+                else:
+                    values[name] = trial.suggest_float(name, low, high, log=knob.log)
+            opened[id(values)] = trial
+            return values
+
+        def told(values: Values, value: float | None) -> None:
+            state = optuna.trial.TrialState.FAIL if value is None else None
+            study.tell(opened.pop(id(values)), value, state=state)
+
+        self.told = told
+        return propose
+
+
+# ---- tables ----
+
+
+def mean_ci(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95% interval (normal approximation)."""
+    half = 1.96 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), half
+
+
+def wilson(hits: int, total: int) -> str:
+    """A share in per cent with its 95% interval (Wilson 1927)."""
+    if not total:
+        return "none"
+    z, p = 1.96, hits / total
+    centre, root = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
+    low, high = ((centre + side * root) / (1 + z * z / total) for side in (-1, 1))
+    return f"{100 * p:.1f}% ({100 * max(0.0, low):.1f} to {100 * high:.1f})"
+
+
+def compare(arms: Iterable[str], regimes: Iterable[Regime], arguments: argparse.Namespace) -> None:
+    """Prints the table of arms for each regime."""
+    for regime in regimes:
+        print(f"\n{regime.value}: {arguments.gpu_h:g} GPU-hours an arm, {arguments.seeds} seeds")
+        print(f"{'arm':<18} {'true gain (milli-bpb)':>22} {'a GPU-hour':>11} {'an hour':>8} {'idle':>6}   false keeps")
+        for arm in arms:
+            task = [
+                Task(arm, regime, seed, arguments.slots, arguments.gpu_h, arguments.searcher)
+                for seed in range(arguments.seeds)
+            ]
+            found = list(POOL.map(Task.run, task)) if POOL else [one.run() for one in task]
+            gain, half = mean_ci([1000 * one.gain for one in found])
+            false, keeps = sum(one.false for one in found), sum(one.keeps for one in found)
+            a_gpu_h, an_hour = gain / arguments.gpu_h, gain / found[0].wall_h
+            idle = 100 * statistics.fmean(one.idle for one in found)
+            print(
+                f"{arm:<18} {gain:>14.2f} ± {half:<5.2f} {a_gpu_h:>11.4f} {an_hour:>8.3f} {idle:>5.1f}%"
+                f"   {false} of {keeps}: {wilson(false, keeps)}",
+                flush=True,
+            )
+
+
+def scaled(job: tuple[int, int, float, float, str]) -> float:
+    """Hours in which so many slots reach a true gain; the whole time if they do not."""
+    slots, seed, hours, target, searcher = job
+    card = h100()
+    (lane,) = simulate(
+        fleet(card, slots),
+        proposers=[TuneProposer(searcher=searcher, seed=seed)],
+        hours=hours,
+        seed=seed,
+        start=starts(card, Regime.EARLY),
+    ).profiles.values()
+    reached = next((move.at_s / 3600 for move in lane.moves if lane.start - move.after >= target), math.inf)
+    return reached if target < math.inf else lane.gain
+
+
+def scaling(arguments: argparse.Namespace) -> None:
+    """Prints in how many hours more slots reach what one slot reaches, in the median over seeds."""
+    seeds, searcher, hours = range(arguments.seeds), arguments.searcher, arguments.hours
+    pool = POOL.map if POOL else map
+    gains = list(pool(scaled, [(1, seed, hours, math.inf, searcher) for seed in seeds]))
+    target = statistics.median(gains)
+    print(f"\n1 slot in {hours:g} h: true gain {1000 * target:.2f} milli-bpb (median of {arguments.seeds} seeds)")
+    for slots in arguments.scaling:
+        took = list(pool(scaled, [(slots, seed, 4 * hours / slots, target, searcher) for seed in seeds]))
+        median = statistics.median(took)
+        print(
+            f"{slots:>3} slots: {median:.2f} h, efficiency {hours / slots / median:.2f}"
+            f" ({sum(one == math.inf for one in took)} of {len(took)} did not reach it)",
+            flush=True,
+        )
+
+
+def transferred(job: tuple[float, bool, int, float]) -> Ratcheted:
+    """The second profile's ratchet: 16 slots of one card, 4 of another with correlated effects."""
+    correlation, is_on, seed, hours = job
+    card = h100()
+    other = family(card, correlation=correlation, seed=seed)
+    proposers: list[Proposer] = [TuneProposer(searcher="random", seed=seed)]
+    if is_on:
+        proposers.append(TransferProposer())
+    slots = [*fleet(card, 16), *fleet(other, 4)]
+    found = simulate(slots, proposers=proposers, hours=hours, seed=seed, start=starts(card, Regime.EARLY))
+    return found.profiles[other.slug]
+
+
+def transfer(arguments: argparse.Namespace) -> None:
+    """Prints the GPU-hours in which the second profile reaches its target, with and without transfer."""
+    pool = POOL.map if POOL else map
+    hours = arguments.hours / 8
+    for correlation in (0.7, 0.0):
+        jobs = [(correlation, is_on, seed, hours) for seed in range(arguments.seeds) for is_on in (False, True)]
+        found = list(pool(transferred, jobs))
+        shares: list[float] = []
+        gains: list[float] = []
+        for without, with_ in zip(found[::2], found[1::2], strict=True):
+            target = 0.8 * without.gain
+            took = [
+                next((move.slot_hours for move in one.moves if one.start - move.after >= target), one.slot_hours)
+                for one in (without, with_)
+            ]
+            shares.append(took[1] / took[0])
+            gains.append(with_.gain / without.gain if without.gain > 0 else 1.0)
+        print(
+            f"correlation {correlation}: GPU-hours to 80% of the gain without transfer: "
+            f"{statistics.median(shares):.2f} of those without; gain in {hours:g} h: {statistics.median(gains):.2f}"
+        )
+
+
+def main() -> None:
+    """Prints the tables that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--gpu-h", type=float, default=24.0, help="GPU-hours of each arm.")
+    parser.add_argument("--searcher", default="random", help="Of the tune proposer, in all arms that use it.")
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--regimes", nargs="+", default=[one.value for one in Regime])
+    parser.add_argument("--scaling", type=int, nargs="+", help="Numbers of slots.")
+    parser.add_argument("--transfer", action="store_true")
+    parser.add_argument("--hours", type=float, default=72.0, help="Of the one slot in --scaling; a share of it else.")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    global POOL
+    started = time.monotonic()
+    with ProcessPoolExecutor(arguments.processes) as POOL:
+        if arguments.scaling:
+            scaling(arguments)
+        elif arguments.transfer:
+            transfer(arguments)
+        else:
+            compare(arguments.arms, [Regime(name) for name in arguments.regimes], arguments)
+    print(f"\n{(time.monotonic() - started) / 60:.1f} min")
+
+
+POOL: ProcessPoolExecutor | None = None
+
+if __name__ == "__main__":
+    main()
