@@ -1,0 +1,752 @@
+"""What to do next: verdicts, the ratchet, the frontier, wins that have to be carried, asking, slots, the end."""
+
+import pytest
+from histories import commit_of, gpu_profile
+from told import BASE, CPU, TWO, Told, ready
+
+from raysearch import judge
+from raysearch.model import (
+    Event,
+    Judged,
+    Operator,
+    Outcome,
+    ProfileAdded,
+    Purpose,
+    Refused,
+    SessionStarted,
+    SlotRestored,
+    SlotSetAside,
+    Verdict,
+)
+from raysearch.plan import ASIDE_TRIALS, MOST_REFUSALS, Ask, Carry, Conclude, Finish, Materialise, MoveRatchet
+from raysearch.schedule import Slot
+from raysearch.study import Study
+
+GPU = gpu_profile()
+FOUR = tuple(Slot(name, "cpu") for name in "abcd")
+
+
+# ---- verdicts ----
+
+
+@pytest.mark.parametrize(
+    "outcome", [one for one in Outcome if one is not Outcome.MEASURED and not one.is_infrastructure]
+)
+def test_a_first_run_that_failed_is_discarded_without_another(outcome: Outcome):
+    told = ready()
+    name = told.candidate()
+    told.run(f"{name}-screen", outcome=outcome)
+    (event,) = told.conclude()
+    assert (event.verdict, event.reason, event.delta) == (Verdict.DISCARD, f"{outcome.value}: why", None)
+
+
+def test_what_is_not_promising_is_discarded_after_one_run():
+    told = ready()
+    name = told.candidate()
+    told.run(f"{name}-screen", 1.2)
+    (event,) = told.conclude()
+    assert (event.verdict, event.pairs) == (Verdict.DISCARD, 0)
+    assert event.delta == pytest.approx(0.2)
+    assert told.lane.open == {}
+
+
+@pytest.mark.parametrize(
+    ("operator", "size", "verdict"),
+    [
+        (Operator.SIMPLIFY, 90, Verdict.RETEST),
+        (Operator.ABLATE, 90, Verdict.RETEST),
+        (Operator.SIMPLIFY, 110, Verdict.DISCARD),
+        (Operator.TUNE, 90, Verdict.DISCARD),
+    ],
+)
+def test_a_program_that_was_made_smaller_and_is_only_has_to_be_no_worse(
+    operator: Operator, size: int, verdict: Verdict
+):
+    told = ready()
+    champion = told.candidate(size=100)
+    told.promise(champion)
+    told.win(champion)
+    value = told.study.value(champion)
+    assert value is not None
+    name = told.candidate(operator=operator, size=size)
+    told.run(f"{name}-screen", value + 0.009)
+    (event,) = told.conclude()
+    assert event.verdict is verdict
+
+
+def test_the_first_run_is_believed_for_no_effect():
+    told = ready()
+    name = told.candidate()
+    told.promise(name, value=0.1)
+    event = told.pair(name, gain=0.3)
+    assert event.delta == pytest.approx(-0.3)
+
+
+def test_greedy_keeps_what_looks_better_once_and_compares_with_the_run_that_the_champion_was_kept_for():
+    told = ready(rules=judge.Rules(greedy=True))
+    one = told.candidate()
+    told.run(f"{one}-screen", 0.999)
+    (event,) = told.conclude()
+    assert (event.verdict, event.pairs) == (Verdict.KEEP, 0)
+    told.move()
+    for value, verdict in ((0.9995, Verdict.DISCARD), (0.998, Verdict.KEEP)):
+        name = told.candidate()
+        told.run(f"{name}-screen", value)
+        assert [event.verdict for event in told.conclude()] == [verdict]
+
+
+# ---- the ratchet ----
+
+
+def test_a_win_moves_the_ratchet_before_anything_else_is_decided():
+    told = ready()
+    one, other = told.candidate(), told.candidate()
+    told.promise(one)
+    told.confirm(one)
+    told.run(f"{other}-screen", 2.0)
+    (command,) = told.commands()
+    assert command == MoveRatchet("cpu", told.state(one).candidate, BASE)
+    told.move()
+    assert (told.lane.champion, told.lane.champion_commit) == (one, commit_of(f"step {one}"))
+
+
+def test_of_two_wins_at_once_the_better_moves_the_ratchet_and_the_other_is_carried():
+    told = ready()
+    less, more = told.candidate(), told.candidate()
+    told.promise(less, more)
+    told.run_pair(less, gain=0.2)
+    told.run_pair(more, gain=0.4)
+    assert [event.verdict for event in told.conclude()] == [Verdict.KEEP, Verdict.KEEP]
+    told.move()
+    assert told.lane.champion == more
+    (command,) = (command for command in told.commands() if isinstance(command, Carry))
+    assert command == Carry((told.state(less).candidate,), commit_of(f"step {more}"), more)
+
+
+# ---- the frontier ----
+
+
+def test_proposals_are_built_on_the_best_promising_candidate_at_once():
+    told = ready()
+    good, better = told.candidate(), told.candidate()
+    assert [command.base for command in told.commands() if isinstance(command, Ask)] == [BASE]
+    told.run(f"{good}-screen", 0.8)
+    told.run(f"{better}-screen", 0.5)
+    told.conclude()
+    assert [command.base for command in told.commands() if isinstance(command, Ask)] == [commit_of(better)]
+
+
+def test_a_candidate_that_is_hardly_promising_is_raced_but_not_built_on():
+    told = ready()
+    name = told.candidate()
+    told.run(f"{name}-screen", 0.975)
+    (event,) = told.conclude()
+    assert event.verdict is Verdict.RETEST
+    assert 0.3 <= (event.p_better or 0.0) < 0.8
+    assert [command.base for command in told.commands() if isinstance(command, Ask)] == [BASE]
+
+
+def test_without_a_frontier_all_is_built_on_the_champion():
+    told = ready(frontier=False)
+    name = told.candidate()
+    told.promise(name)
+    assert [command.base for command in told.commands() if isinstance(command, Ask)] == [BASE]
+
+
+def test_what_is_built_on_a_frontier_candidate_is_run_and_judged_against_it():
+    told = ready(slots=FOUR)
+    one = told.candidate()
+    told.promise(one)
+    other = told.candidate(on=one)
+    assert f"{other}-screen" in told.could()
+    told.run(f"{other}-screen", 0.6)  # better than the champion, worse than what it was built on
+    assert told.conclude() == []  # of that nothing fresh is known yet
+    told.run_pair(one, gain=0.5)
+    verdicts = {event.candidate: event.verdict for event in told.conclude()}
+    assert verdicts == {one: Verdict.KEEP, other: Verdict.DISCARD}
+
+
+def test_a_win_on_a_frontier_candidate_waits_for_it_and_follows_it():
+    told = ready(slots=FOUR)
+    one = told.candidate()
+    told.promise(one)
+    other = told.candidate(on=one)
+    told.start(f"{one}-pair1")
+    told.end(f"{one}-pair1", 0.5)
+    told.run(f"{other}-screen", 0.2)
+    told.conclude()
+    assert told.state(one).verdict is Verdict.KEEP
+    told.move()
+    assert told.state(other).verdict is Verdict.RETEST
+    told.confirm(other)
+    (command,) = told.commands()
+    assert command == MoveRatchet("cpu", told.state(other).candidate, commit_of(f"step {one}"))  # no merge was needed
+    told.move()
+    assert [win.candidate for win in told.lane.wins] == [one, other]
+
+
+def test_when_a_frontier_candidate_wins_what_was_built_on_it_stays_as_it_is():
+    told = ready()
+    one = told.candidate()
+    told.promise(one)
+    other = told.candidate(on=one)
+    told.win(one)
+    assert told.carries() == ()
+    assert f"{other}-screen" in told.could()
+
+
+def test_when_a_frontier_candidate_is_refuted_what_was_built_on_it_is_carried_to_the_champion_without_credit():
+    told = ready()
+    one = told.candidate()
+    told.promise(one)
+    waiting, promising = told.candidate(on=one), told.candidate(on=one)
+    told.start(f"{one}-pair1")
+    told.end(f"{one}-pair1", 0.5)  # a fresh run to compare with
+    told.run(f"{promising}-screen", 0.2)
+    told.add(Judged(one, Verdict.DISCARD, "refuted"))
+    told.conclude()
+    assert told.state(promising).verdict is Verdict.RETEST
+    names = set[str]()
+    for _ in range(2):
+        (carried,) = told.carries()
+        names.add(carried)
+        new = told.carry()
+        assert told.state(new).candidate.proposal.base == BASE
+        assert told.state(new).verdict is None
+        assert f"{new}-screen" in told.could()
+    assert names == {waiting, promising}
+    assert told.lane.screens == 3  # what is carried is no new trial
+
+
+def test_what_was_confirmed_on_a_frontier_candidate_that_is_refuted_keeps_its_credit():
+    told = ready(slots=FOUR)
+    one = told.candidate()
+    told.promise(one)
+    other = told.candidate(on=one)
+    told.start(f"{one}-pair1")
+    told.end(f"{one}-pair1", 0.5)
+    told.run(f"{other}-screen", 0.2)
+    told.add(Judged(other, Verdict.RETEST, "promising", gain=0.3, p_better=0.99))
+    told.run(f"{other}-pair1", 0.2)
+    told.add(Judged(other, Verdict.KEEP, "better", -0.3, 0.01, pairs=1, p_better=0.99, gain=0.3))
+    told.add(Judged(one, Verdict.DISCARD, "refuted"))
+    assert told.carries() == (other,)
+    new = told.carry()
+    assert (told.state(new).verdict, told.state(new).gain) == (Verdict.RETEST, 0.3)
+    assert new in told.lane.racing
+    assert f"{new}-screen" not in told.could()
+
+
+# ---- wins on a champion that was replaced ----
+
+
+def with_wins(count: int, **options: object) -> tuple[Told, list[str]]:
+    """A champion, and so many wins over the program before it."""
+    told = ready(slots=FOUR, **options)
+    winner, *others = (told.candidate() for _ in range(count + 1))
+    told.promise(winner, *others)
+    told.run_pair(winner, gain=0.6)
+    for name in others:
+        told.run_pair(name, gain=0.3)
+    told.conclude()
+    told.move()
+    assert told.lane.champion == winner
+    assert set(told.lane.confirmed) == set(others)
+    return told, others
+
+
+def test_several_wins_on_an_earlier_champion_are_carried_as_one_union_and_raced_without_a_first_run():
+    told, wins = with_wins(3)
+    assert told.carries() == tuple(wins)
+    union = told.carry()
+    state = told.state(union)
+    assert state.verdict is Verdict.RETEST
+    assert state.gain == pytest.approx(sum(told.state(name).gain or 0.0 for name in wins))
+    assert all(told.state(name).carried_by == union for name in wins)
+    assert told.could()[f"{union}-pair1"].purpose is Purpose.RACE
+    assert f"{union}-screen" not in told.could()
+    told.win(union, than=0.4)
+    assert told.lane.champion == union
+    assert told.lane.open == {}
+
+
+def test_a_union_that_falls_short_is_split_in_halves_down_to_single_changes():
+    told, wins = with_wins(3)
+    told.refute(told.carry())
+    assert told.carries() == tuple(wins[:2])
+    half = told.carry()
+    assert told.carries() == (wins[2],)
+    single = told.carry()
+    told.refute(half)
+    assert told.carries() == (wins[0],)
+    first = told.carry()
+    assert told.carries() == (wins[1],)
+    second = told.carry()
+    for name in (single, first, second):
+        told.refute(name)
+    assert told.carries() == ()
+    assert told.lane.open == {}
+    assert all(told.state(name).carried_by for name in wins)
+
+
+def test_a_union_that_is_no_program_is_split_as_well():
+    told, wins = with_wins(2)
+    told.add(Refused(told.propose(carries=told.carries()), "the same program as c0001"))
+    for name in wins:
+        assert told.carries() == (name,)
+        told.carry()
+
+
+def test_a_union_that_had_to_be_carried_once_more_is_split_into_its_own_changes():
+    told, wins = with_wins(2)
+    faster = told.candidate()
+    union = told.carry()
+    told.promise(faster, value=0.2)
+    told.win(faster, than=0.4)
+    assert told.carries() == (union,)
+    again = told.carry()
+    assert told.state(again).verdict is Verdict.RETEST
+    told.refute(again)
+    for name in wins:
+        assert told.carries() == (name,)
+        told.refute(told.carry())
+    assert told.lane.open == {}
+
+
+def test_a_part_that_loses_a_member_to_a_conflict_is_not_tried_for_ever():
+    told, wins = with_wins(4)
+    told.refute(told.carry())
+    assert told.carries() == tuple(wins[:2])
+    told.add(Judged(wins[1], Verdict.DISCARD, "it conflicts", conflict=True))
+    assert told.carries() == (wins[0],)
+    told.refute(told.carry())
+    assert told.carries() == tuple(wins[2:])
+    told.refute(told.carry())
+    for name in wins[2:]:
+        assert told.carries() == (name,)
+        told.refute(told.carry())
+    assert told.carries() == ()
+    assert told.lane.open == {}
+    assert told.lane.unmerged == [wins[1]]
+
+
+def test_a_win_that_is_merged_goes_on_to_what_was_won_meanwhile():
+    told, (one,) = with_wins(1)
+    carried = told.carry()
+    faster = told.candidate()
+    told.promise(faster, value=0.2)
+    told.start(f"{carried}-pair1", slot="c")
+    told.win(faster, than=0.4)
+    told.end(f"{carried}-pair1", 0.2)
+    told.conclude()
+    if told.state(carried).verdict is Verdict.RETEST:  # it was raced against the champion that it was made for
+        told.confirm(carried, gain=0.2, than=0.4)
+    assert told.state(carried).verdict is Verdict.KEEP
+    assert told.carries() == (carried,)
+    again = told.carry()
+    assert told.state(again).verdict is Verdict.RETEST
+    told.win(again, gain=0.5, than=0.2)
+    assert [proposal.id for proposal in told.study.roots(told.state(again).candidate.proposal)] == [one]
+
+
+def test_a_race_that_has_begun_ends_where_it_began():
+    told = ready(slots=FOUR)
+    one, other = told.candidate(), told.candidate()
+    told.promise(one, other)
+    told.start(f"{other}-pair1", slot="c")
+    told.win(one)
+    assert told.carries() == ()
+    told.end(f"{other}-pair1", 0.9)
+    (event,) = told.conclude()
+    assert event.verdict is Verdict.KEEP  # though it is worse than the new champion
+    assert told.carries() == (other,)
+
+
+def test_a_race_that_has_not_begun_is_carried_first_and_needs_no_second_first_run():
+    told = ready()
+    one, other = told.candidate(), told.candidate()
+    told.promise(one, other)
+    told.win(one)
+    assert told.carries() == (other,)
+    new = told.carry()
+    assert told.state(new).verdict is Verdict.RETEST
+    assert f"{new}-pair1" in told.could()
+
+
+def test_changes_in_line_are_carried_one_at_a_time_behind_what_can_start():
+    told = ready(max_trials=9, noise_share=0.0)
+    winner, one, other = (told.candidate() for _ in range(3))
+    told.promise(winner)
+    told.win(winner)
+    assert told.carries() == (one,)
+    carried = told.carry()
+    assert told.ids() == [f"{carried}-screen@a"]
+    assert told.carries() == (other,)
+    again = told.carry()
+    assert told.ids() == [f"{carried}-screen@a", f"{again}-screen@b"]
+    assert told.lane.screens == 3
+
+
+def test_a_first_run_that_was_lost_stays_with_what_it_was_built_on():
+    told = ready()
+    one, other = told.candidate(), told.candidate()
+    told.run(f"{other}-screen", outcome=Outcome.LOST)
+    told.promise(one)
+    told.win(one)
+    assert f"{other}-screen@a" in told.ids()
+    assert told.carries() == ()
+
+
+def test_a_win_in_conflict_with_the_champion_is_recorded_for_those_who_can_merge_it_otherwise():
+    told, (one,) = with_wins(1)
+    told.add(Judged(one, Verdict.DISCARD, "it conflicts with the champion", -0.3, 0.01, pairs=1, conflict=True))
+    assert told.lane.unmerged == [one]
+    assert told.lane.open == {}
+
+
+def test_a_win_whose_merge_is_refused_is_over_and_the_study_goes_on():
+    told, (one,) = with_wins(1, max_trials=2)
+    told.add(Refused(told.propose(carries=(one,)), "the same program as c0001"))
+    assert told.lane.open == {}
+    assert told.lane.screens == 2
+    assert told.commands() == [Finish("all 2 trials are done")]
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["in conflict", "refused"])
+def test_what_never_came_to_its_first_run_is_not_counted_as_a_trial(refused: bool):
+    told = ready(max_trials=2)
+    one, other = told.candidate(), told.candidate()
+    told.promise(one)
+    told.win(one)
+    if refused:
+        told.add(Refused(told.propose(carries=(other,)), "the same program as c0001"))
+    else:
+        told.add(Judged(other, Verdict.DISCARD, "it conflicts with the champion", conflict=True))
+    assert told.lane.screens == 1
+    assert told.lane.unmerged == []
+    assert told.commands() == [Ask("cpu", "tune", 1, commit_of(f"step {one}"))]
+
+
+# ---- asking ----
+
+
+def test_as_many_are_asked_for_as_slots_are_free_and_one_in_line_for_every_slot():
+    told = ready(noise_share=0.0)
+    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+    told.candidate()
+    assert told.commands()[-1] == Ask("cpu", "tune", 3, BASE)
+    told.start("c0001-screen")
+    assert told.commands() == [Ask("cpu", "tune", 3, BASE)]
+    told.candidate()
+    told.start("c0002-screen", slot="b")
+    assert told.commands() == [Ask("cpu", "tune", 2, BASE)]  # both may get free at once
+    told.candidate()
+    told.candidate()
+    assert told.commands() == []
+
+
+def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own():
+    told = ready(slots=tuple(Slot(str(number), "cpu") for number in range(8)), proposers=("tune", "ablate"))
+    assert told.commands() == [Ask("cpu", "tune", 16, BASE), Ask("cpu", "ablate", 2, BASE)]
+    told.candidate(proposer="ablate")
+    told.candidate(proposer="ablate")
+    assert [(ask.proposer, ask.count) for ask in told.commands() if isinstance(ask, Ask)] == [("tune", 14)]
+
+
+def test_nobody_is_asked_again_while_their_answer_is_due_and_others_are():
+    told = ready(proposers=("tune", "ablate"))
+    told.asking = {("cpu", "tune"): 1}  # even when fewer were asked for than are wanted now
+    assert told.commands() == [Ask("cpu", "ablate", 1, BASE)]
+    told.asking = {("cpu", "tune"): 0, (GPU.slug, "tune"): 5}
+    assert [ask.proposer for ask in told.commands() if isinstance(ask, Ask)] == ["tune", "ablate"]
+
+
+def test_a_profile_without_slots_is_not_asked_for():
+    told = Told(slots=TWO)
+    told.begin(CPU, GPU)
+    told.baselines("cpu")
+    told.baselines(GPU.slug)
+    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+
+
+def test_the_limit_of_trials_is_one_of_each_profile_and_refusals_do_not_count():
+    told = ready(max_trials=2)
+    assert told.commands() == [Ask("cpu", "tune", 2, BASE)]
+    told.add(Refused(told.propose(), "does not apply"))
+    told.candidate()
+    assert told.commands()[-1] == Ask("cpu", "tune", 1, BASE)
+    told.run("c0002-screen", 2.0)
+    told.conclude()
+    told.run(f"{told.candidate()}-screen", 2.0)
+    told.conclude()
+    assert told.commands() == [Finish("all 2 trials are done")]
+
+
+def test_no_more_is_asked_for_than_the_limit_leaves_of_what_others_were_asked_for():
+    told = ready(max_trials=3, proposers=("tune", "ablate"))
+    told.asking = {("cpu", "tune"): 3}
+    assert told.commands() == []
+
+
+def test_proposals_are_made_commits_before_anything_else():
+    told = ready()
+    name = told.propose()
+    assert told.commands() == [Materialise(told.study.waiting[name])]
+
+
+def test_after_ten_refusals_in_a_row_nobody_is_asked_until_something_new_is_known():
+    told = ready()
+    waiting = told.candidate()
+    told.start(f"{waiting}-screen")
+    for _ in range(MOST_REFUSALS):
+        told.add(Refused(told.propose(), "the patch is empty"))
+    assert told.commands() == []  # a run is in flight: it may teach the proposer
+    told.end(f"{waiting}-screen", 2.0)
+    told.conclude()
+    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+    for _ in range(MOST_REFUSALS):
+        told.add(Refused(told.propose(), "the patch is empty"))
+    (command,) = told.commands()
+    assert command == Finish("the last 10 proposals for cpu were all refused; the last one: the patch is empty")
+    told.add(SessionStarted("host", 2, "0"))
+    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+
+
+# ---- slots that are set aside ----
+
+
+THREE = tuple(Slot(name, "cpu") for name in "abc")
+
+
+def drifting(*, drift: float = 0.0, speed: float = 0.7) -> tuple[Told, SlotSetAside]:
+    """A study of which slot `c` is slow or gives other numbers, and what is to be done about it now."""
+    told = ready(slots=THREE, noise_share=0.5)
+    for number in range(400):
+        for event in events(told):
+            if isinstance(event, SlotSetAside):
+                return told, event
+            told.add(event)
+        if not told.lane.line:
+            told.candidate()
+        trial = told.starts()[0]
+        noise = 0.01 * ((number * 7) % 5 - 2)
+        slot = "abc"[number // 2 % 3] if trial.purpose is Purpose.REFERENCE else "a"
+        bad = slot == "c"
+        told.start(trial.id, slot=slot)
+        value = 1.0 + noise + drift * bad if trial.purpose is Purpose.REFERENCE else 2.0
+        told.end(trial.id, value, speed=1000.0 * (speed if bad else 1.0) * (1 + noise))
+    raise AssertionError("it is not noticed")
+
+
+def events(told: Told) -> list[Event]:
+    """What is to be written down now."""
+    return [command.event for command in told.commands() if isinstance(command, Conclude)]
+
+
+def set_aside(**options: float) -> Told:
+    """The same, after it was done."""
+    told, event = drifting(**options)
+    told.add(event)
+    return told
+
+
+def test_a_slow_slot_is_set_aside_with_its_reason_and_gets_nothing():
+    told, event = drifting()
+    assert (event.slot, event.profile) == ("c", "cpu")
+    assert "% slower than the others" in event.reason
+    told.add(event)
+    for _ in range(5):
+        told.candidate()
+    assert {name.partition("@")[2] for name in told.ids()} == {"a", "b"}
+
+
+def test_a_slot_whose_numbers_drift_is_set_aside():
+    _, event = drifting(drift=0.3, speed=1.0)
+    assert event.slot == "c"
+    assert event.reason.startswith("it drifts: the same programs are +0.")
+
+
+def test_a_slot_that_was_set_aside_comes_back_after_a_while():
+    told = set_aside()
+    for _ in range(int(ASIDE_TRIALS) - 1):
+        told.run(f"{told.candidate()}-screen", 2.0)
+        told.conclude()
+        assert events(told) == []
+    for _ in range(2):
+        told.run(f"{told.candidate()}-screen", 2.0)
+        told.conclude()
+    assert events(told) == [SlotRestored("c", "cpu")]
+    told.conclude()
+    for _ in range(9):
+        told.candidate()
+    assert "c" in {name.partition("@")[2] for name in told.ids()}
+
+
+def test_the_last_slot_of_a_profile_is_never_set_aside():
+    told, _ = drifting()
+    told.lane.health.changed.add("c")  # to ask is to be told once
+    told.slots = (Slot("c", "cpu"), Slot("g", GPU.slug))
+    assert events(told) == []
+
+
+def test_when_only_a_slot_that_was_set_aside_is_left_it_is_used():
+    told = set_aside()
+    told.slots = (Slot("c", "cpu"),)
+    assert told.commands() == [Conclude(SlotRestored("c", "cpu"))]
+    told.conclude()
+    told.candidate()
+    assert told.ids()
+
+
+def test_another_session_looks_at_the_slots_anew():
+    told = set_aside()
+    told.add(SessionStarted("host", 2, "0"))
+    assert told.study.aside == {}
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["its own run", "both sides"])
+def test_what_an_undecided_trial_said_on_a_slot_that_is_set_aside_is_taken_back_and_run_again(both: bool):
+    told = ready(slots=FOUR, noise_share=0.0, rules=judge.Rules(keep_probability=1.0, max_pairs=9))
+    name = told.candidate()
+    told.promise(name)
+    told.wait(1000.0)
+    ours, theirs = f"{name}-pair1", "cpu-base-reference1"
+    fresh, pairs = told.lane.noise(), told.lane.differences.noise()
+    values = list(told.lane.fresh.values("cpu-base"))
+    told.start(theirs, slot="c")
+    told.start(ours, slot="c")
+    told.end(theirs, 1.3)
+    told.end(ours, 0.9)
+    told.conclude()
+    assert told.state(name).pairs == 1
+    repeat = (ours, theirs) if both else (ours,)
+    told.add(SlotSetAside("c", "cpu", "it drifts", repeat))
+    if both:
+        noise = told.lane.noise()
+        assert noise is not None
+        assert fresh is not None
+        assert (noise.sigma, noise.dof) == (pytest.approx(fresh.sigma), fresh.dof)
+        assert list(told.lane.fresh.values("cpu-base")) == values
+    assert not told.lane.fresh.values(name)
+    assert told.lane.differences.noise() == pairs
+    assert set(repeat) <= {name.partition("@")[0] for name in told.ids()}
+    assert "c" not in {name.partition("@")[2] for name in told.ids()}
+    for trial in repeat:
+        told.run(trial, 1.0 if trial == theirs else 0.9, slot="a")
+    assert told.study.trials[ours].attempt == 2
+    assert len(told.study.race_pairs(told.state(name))) == 1
+
+
+def test_a_verdict_comes_before_a_slot_is_set_aside():
+    """A first run that was judged is not to be run again, and a verdict may close what a trial was for."""
+    told, _ = drifting()
+    told.lane.health.changed.add("c")
+    name = told.candidate()
+    told.start(f"{name}-screen", slot="c")
+    told.end(f"{name}-screen", 2.0)
+    assert [event.candidate for event in told.conclude()] == [name]
+    (event,) = events(told)
+    assert isinstance(event, SlotSetAside)
+    assert f"{name}-screen" not in event.repeat
+
+
+def test_a_baseline_that_is_run_again_holds_no_verdict_back_for_ever():
+    told = ready(slots=FOUR, noise_share=0.0)
+    one = told.candidate()
+    told.promise(one)
+    told.start(f"{one}-pair1")
+    told.add(SlotSetAside("d", "cpu", "it drifts", ("cpu-base-3",)))
+    other = told.candidate()
+    told.run(f"{other}-screen", 2.0, slot="b")
+    assert told.conclude() == []
+    told.run("cpu-base-3", 1.0, slot="c")
+    assert [event.candidate for event in told.conclude()] == [other]
+
+
+# ---- blocked, draining, the end ----
+
+
+def test_a_baseline_that_failed_blocks_its_profile_and_no_other():
+    told = Told(slots=(Slot("a", "cpu"), Slot("g", GPU.slug)))
+    told.begin(CPU, GPU)
+    told.run("cpu-base-1", outcome=Outcome.CRASHED)
+    assert told.lane.blocked == "its baseline cpu-base-1 crashed: why"
+    assert told.ids() == [f"{GPU.slug}-base-1@g"]
+    for number in (2, 3):
+        told.run(f"{GPU.slug}-base-{number}", 1.0, slot="g")
+    assert [command.profile for command in told.commands() if isinstance(command, Ask)] == [GPU.slug]
+    told.run(f"{GPU.slug}-base-1", outcome=Outcome.OUT_OF_MEMORY, slot="g")
+    assert told.commands() == [
+        Finish(
+            "cpu is blocked, its baseline cpu-base-1 crashed: why; "
+            f"{GPU.slug} is blocked, its baseline {GPU.slug}-base-1 out_of_memory: why"
+        )
+    ]
+
+
+def test_a_candidate_of_a_blocked_profile_waits_and_does_not_keep_the_study_from_ending():
+    told = Told()
+    told.begin()
+    told.candidate()
+    told.run("cpu-base-1", outcome=Outcome.CRASHED)
+    (command,) = told.commands()
+    assert isinstance(command, Finish)
+
+
+def test_a_profile_without_slots_does_not_keep_a_study_from_ending():
+    told = ready(max_trials=1)
+    told.add(ProfileAdded(GPU, BASE, "gpu program"))
+    told.run(f"{told.candidate()}-screen", 2.0)
+    told.conclude()
+    assert told.commands() == [Finish("all 1 trials are done")]
+    told.slots = (*TWO, Slot("g", GPU.slug))
+    assert told.ids() == [f"{GPU.slug}-base-1@g"]
+
+
+def test_without_any_slot_the_study_waits():
+    told = Told(slots=())
+    told.begin()
+    assert told.commands() == []
+    assert told.commands(accepting=False) == []
+
+
+def test_after_the_time_limit_what_is_in_line_is_run_and_nothing_is_asked_for():
+    told = ready(noise_share=0.0)
+    name = told.candidate()
+    assert told.ids(accepting=False) == [f"{name}-screen@a"]
+    told.promise(name)
+    assert told.ids(accepting=False)[0] == f"{name}-pair1@a"
+    told.refute(name)
+    assert told.commands(accepting=False) == [Finish("the time limit has passed")]
+
+
+def test_draining_waits_for_the_runs_in_flight_and_still_decides():
+    told = ready()
+    name = told.candidate()
+    told.start(f"{name}-screen")
+    assert told.commands(draining=True) == []
+    told.end(f"{name}-screen", 0.5)
+    (command,) = told.commands(draining=True)
+    assert isinstance(command, Conclude)
+    told.conclude()
+    assert told.commands(draining=True) == [Finish("stopped: the runs in flight have ended")]
+    assert told.ids()  # they wait for the next session
+
+
+def test_the_answer_to_an_ask_is_waited_for():
+    told = ready(max_trials=1)
+    told.asking = {("cpu", "tune"): 1}
+    assert told.commands(accepting=False) == []
+    told.asking = {}
+    assert told.commands(accepting=False) == [Finish("the time limit has passed")]
+
+
+def test_asking_what_to_do_changes_nothing_that_is_answered():
+    told = ready()
+    told.candidate()
+    told.run("c0001-screen", 0.5)
+    assert told.commands() == told.commands()
+    replayed = Study(told.study.settings)
+    for record in told.records:
+        replayed.apply(record)
+    assert vars(replayed) == vars(told.study)
