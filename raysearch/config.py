@@ -94,6 +94,7 @@ class JudgeSection(_Section):
     keep_probability: float = Field(default=judge.Rules.keep_probability, ge=0.5, lt=1)
     drop_probability: float = Field(default=judge.Rules.drop_probability, ge=0, le=0.5)
     max_pairs: int = Field(default=judge.Rules.max_pairs, ge=1, lt=MOST_RUNS)
+    least_effect: float = Field(default=judge.Rules.least_effect, ge=0)
     simplify_margin: float = Field(default=judge.Rules.simplify_margin, ge=0)
 
 
@@ -137,6 +138,7 @@ class StudyConfig(_Section):
                 keep_probability=self.judge.keep_probability,
                 drop_probability=self.judge.drop_probability,
                 max_pairs=self.judge.max_pairs,
+                least_effect=self.judge.least_effect,
                 simplify_margin=self.judge.simplify_margin,
             ),
             max_trials=max_trials,

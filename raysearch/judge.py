@@ -30,12 +30,15 @@ class Noise:
 class Rules:
     """When a difference is believed. Every P is a posterior, with the profile's prior over effects.
 
+    P(better) is that of an improvement of at least `least_effect`.
+
     Attributes:
         screen_probability: P(better) after the screening run from which a candidate is raced.
         frontier_probability: P(better) from which others may be built on a candidate that is still raced.
         keep_probability: P(better) after fresh pairs from which the candidate wins.
         drop_probability: P(better) after fresh pairs under which it loses; in between another pair is run.
         max_pairs: After that many pairs an undecided candidate loses.
+        least_effect: Improvement in σ from which it counts as one: a change that does nothing is no win.
         simplify_margin: How much worse a smaller program may be, in σ, for it to be called equal.
         greedy: Keep whatever looks better than the champion in one run, as autoresearch does: for comparison.
     """
@@ -45,6 +48,7 @@ class Rules:
     keep_probability: float = 0.9
     drop_probability: float = 0.25
     max_pairs: int = 5
+    least_effect: float = 0.25
     simplify_margin: float = 1.0
     greedy: bool = False
 
@@ -177,6 +181,7 @@ def pair_noise(noise: Noise, pairs: Noise | None) -> Noise:
 
 MAGNITUDES = tuple(0.05 * 1.6**step for step in range(24))  # in σ: from next to nothing to 2,500
 EFFECTS = (*(-magnitude for magnitude in reversed(MAGNITUDES)), *MAGNITUDES)  # improvements are positive
+_WIDTHS = tuple((0.14 * effect) ** 2 for effect in EFFECTS)  # each stands for a range of half its size: /√12
 PSEUDO_COUNT = 6.0  # candidates that the first prior counts for
 PSEUDO_BETTER = 0.25  # its share of improvements; in the published H100 run 22 of 125 were kept
 MOST_DOF = 60  # beyond it t is as good as normal, and a likelihood could become 0
@@ -213,8 +218,9 @@ class Prior:
         weights = list(self.counts)
         for one in found:
             weights = [weight * like for weight, like in zip(weights, one.likelihoods(), strict=True)]
-        total = sum(weights)
-        return tuple([weight / total for weight in weights])
+            total = sum(weights)
+            weights = [weight / total for weight in weights]  # each time: many small likelihoods would come to 0
+        return tuple(weights)
 
     def better(self) -> float:
         """Share of improvements before any run."""
@@ -236,10 +242,17 @@ class Evidence:
     dof: int
 
     def likelihoods(self) -> list[float]:
-        """Of each of `EFFECTS`: Student's t density, up to a factor. More than `MOST_DOF` is as good as normal."""
-        gain, dof = self.gain, min(self.dof, MOST_DOF)
-        scale, power = 1 / (self.se * self.se * dof), -(dof + 1) / 2
-        return [(1 + (gain - effect) ** 2 * scale) ** power for effect in EFFECTS]
+        """Of each of `EFFECTS`, which stands for all effects about as large: Student's t density, up to a factor.
+
+        The variance of what an effect stands for is added to that of the evidence, else an effect between two of the
+        grid would be less likely than one of the other sign. More than `MOST_DOF` is as good as normal.
+        """
+        gain, dof, own = self.gain, min(self.dof, MOST_DOF), self.se * self.se
+        power = -(dof + 1) / 2
+        return [
+            (1 + (gain - effect) ** 2 / (dof * (own + more))) ** power * (own / (own + more)) ** 0.5
+            for effect, more in zip(EFFECTS, _WIDTHS, strict=True)
+        ]
 
 
 # ---- verdicts ----
@@ -346,7 +359,7 @@ class Judge:
         if not known:
             raw = gain_of(delta, self.direction)
             return float(raw > 0 or (simplifies and raw == 0)), raw
-        least = -self.rules.simplify_margin if simplifies else 0.0
+        least = -self.rules.simplify_margin if simplifies else self.rules.least_effect
         posterior = self.prior.posterior(*known)
         p_better = sum(share for share, effect in zip(posterior, EFFECTS, strict=True) if effect > least)
         mean = sum(share * effect for share, effect in zip(posterior, EFFECTS, strict=True))

@@ -47,6 +47,7 @@ def test_defaults_are_written_out_and_read_back(tmp_path: Path):
         "keep_probability": 0.9,
         "drop_probability": 0.25,
         "max_pairs": 5,
+        "least_effect": 0.25,
         "simplify_margin": 1.0,
     }
     assert table["search"] == {
