@@ -583,7 +583,7 @@ class Coordinator:
             message = f"Preset {preset.name}, for {profile.hardware}\n"
             commit = self._repo.commit_files(base, files, message=message, at=started)
         self._repo.start(profile.slug, commit)
-        self._record(ProfileAdded(profile, commit, fingerprint(files)))
+        self._record(ProfileAdded(profile, commit, fingerprint(files), size(files)))
 
     def _ended(self, trial_id: str, attempt: int, result: RunResult) -> None:
         state = self._study.running.get(trial_id)

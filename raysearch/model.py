@@ -223,6 +223,7 @@ class ProfileAdded:
     profile: Profile
     commit: str
     fingerprint: str
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

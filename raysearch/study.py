@@ -304,7 +304,7 @@ class Study:
             hypothesis=f"the {event.profile.preset or 'first'} program as it is",
             proposer="preset",
         )
-        candidate = Candidate(proposal=proposal, commit=event.commit, fingerprint=event.fingerprint)
+        candidate = Candidate(proposal, event.commit, event.fingerprint, event.size)
         self.candidates[candidate.id] = CandidateState(
             candidate, at, candidate.id, verdict=Verdict.KEEP, ratchet_commit=event.commit
         )
