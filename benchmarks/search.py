@@ -159,7 +159,8 @@ class Classic:
         sampler = samplers.TPESampler(seed=self.seed) if self.arm == "TPE alone" else samplers.RandomSampler(self.seed)
         study = optuna.create_study(sampler=sampler)
         found = knobs.read_knobs(program(self.start))
-        study.enqueue_trial({name: knob.value for name, knob in found.items()})
+        first = {name: knob.choices.index(knob.value) if knob.choices else knob.value for name, knob in found.items()}
+        study.enqueue_trial(first)
         opened: dict[int, optuna.Trial] = {}
 
         def propose() -> Values:
@@ -168,7 +169,8 @@ class Classic:
             for name, knob in found.items():
                 low, high = knob.low or 0.0, knob.high or 0.0
                 if knob.choices:
-                    values[name] = trial.suggest_categorical(name, knob.choices)
+                    place = trial.suggest_categorical(name, range(len(knob.choices)))
+                    values[name] = knob.choices[int(place or 0)]
                 elif knob.is_int:
                     values[name] = trial.suggest_int(name, int(low), int(high), log=knob.log)
                 else:
