@@ -325,7 +325,12 @@ def _stranded_wins(study: Study, lane: Lane) -> tuple[str, ...]:
     stranded = [
         name for name in lane.confirmed if name not in parted and not study.lives(lane, study.candidates[name].base)
     ]
-    return tuple(sorted(stranded, key=candidate_number))  # what was built on another of them is merged after it
+    found = tuple(sorted(stranded, key=candidate_number))  # what was built on another of them is merged after it
+    bases = {study.candidates[name].base for name in found}
+    racing = (study.candidates[name] for name in lane.racing)
+    if any(state.races and state.base in bases for state in racing):
+        return ()  # others are raced against the same base: they end soon, and what wins is carried together
+    return found
 
 
 def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
