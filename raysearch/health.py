@@ -15,6 +15,7 @@ from raysearch.model import Measurement
 
 WINDOW = 6  # comparisons of a slot that count
 LEAST = 4  # comparisons before a slot is suspected
+FEWEST = 2  # when each of them is far off by itself
 SLOWER = 0.05  # a slot this much slower than the others trains other models in the same seconds
 SURE = 3.0  # standard deviations of one run's speed
 JUMPS = 12  # from one comparison of a slot to its next, before it is known how uneven runs are by themselves
@@ -149,7 +150,7 @@ class Health:
         compared = [one for one in recent if one.slots >= 2]
         # σ of the profile has seen the slot that drifts, and jumps have not
         sigma = min(sigma, self.value_jumps.spread() or sigma)
-        if len(compared) >= LEAST and sigma > 0:
+        if len(compared) >= (LEAST if not _each_is_far(compared, sigma) else FEWEST) and sigma > 0:
             apart = fmean(one.value for one in compared)
             # the others' share of the error does not shrink with more comparisons: they may be the same runs
             error = sigma * math.sqrt(1 / len(compared) + fmean(1 / one.others for one in compared))
@@ -162,3 +163,9 @@ class Health:
         """How far apart the worst of the other slots is: next to a slot that drifts, a healthy one seems to."""
         others = [recent for name, recent in self.recent.items() if name != slot]
         return max((abs(fmean(one.value for one in recent)) for recent in others), default=0.0)
+
+
+def _each_is_far(compared: Sequence[Comparison], sigma: float) -> bool:
+    """Whether every run by itself is beyond doubt, all in one direction."""
+    far = [one.value / (sigma * math.sqrt(1 + 1 / one.others)) for one in compared if sigma > 0]
+    return bool(far) and (min(far) > SURE_VALUE or max(far) < -SURE_VALUE)

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -558,10 +559,20 @@ class _Git:
         Raises:
             GitError: `check` is set and git failed, or the disk did.
         """
+        status, out, error = self._once(arguments, stdin, env)
+        while status == -signal.SIGINT:  # Ctrl-C came between fork and exec
+            status, out, error = self._once(arguments, stdin, env)
+        if status and (check or _DISK.search(error)):
+            raise GitError(
+                f"git {arguments[0]} in {self._path} failed: {_first_line(error)}; see to the disk and the repository"
+            )
+        return status, out, error
+
+    def _once(self, arguments: Sequence[str], stdin: bytes, env: Mapping[str, str] | None) -> tuple[int, bytes, str]:
         with tempfile.TemporaryFile() as stream:
             stream.write(stdin)
             stream.seek(0)
-            status, out, error = self._command.execute(
+            return self._command.execute(
                 [self._program, *arguments],
                 istream=stream,
                 with_extended_output=True,
@@ -569,12 +580,8 @@ class _Git:
                 stdout_as_string=False,
                 strip_newline_in_stdout=False,
                 env=env,
+                process_group=0,  # Ctrl-C in a terminal is for us: git ends what it began
             )
-        if status and (check or _DISK.search(error)):
-            raise GitError(
-                f"git {arguments[0]} in {self._path} failed: {_first_line(error)}; see to the disk and the repository"
-            )
-        return status, out, error
 
     def must(self, *arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> str:
         """The output of a git command that only fails when something is wrong with the repository or the disk."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -852,3 +853,34 @@ def test_a_message_of_anything_has_a_subject_and_trailers_that_git_parses(
     title = message.split("\n", 1)[0]
     assert 0 < len(title) <= 72
     assert title.isprintable()
+
+
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from raysearch.ratchet import Ratchet
+signal.signal(signal.SIGINT, lambda *_: None)
+ratchet = Ratchet.create(Path(sys.argv[1]), {"train.py": "A = 1\\n"}, message="base", at=0.0)
+print("ready", flush=True)
+for number in range(15):
+    commit = ratchet.commit_files("main", {"train.py": f"A = {number}\\n"}, message="next", at=1.0)
+    ratchet.keep(f"c{number:04d}", commit)
+os._exit(0)  # without the interpreter's end, in which Ctrl-C kills
+"""
+
+
+def test_ctrl_c_in_a_terminal_ends_no_git_in_the_middle_of_its_work(tmp_path: Path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "repo")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    while child.poll() is None:
+        os.killpg(child.pid, signal.SIGINT)
+        time.sleep(0.01)
+    assert child.communicate()[1] == ""
+    assert child.returncode == 0
