@@ -28,6 +28,7 @@ NO_IDEAS_AFTER = 4  # fruitless asks of a proposer in a row, after which it is t
 MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
+BATCH_SHARE = 16  # a proposer is asked for at least one proposal for so many slots
 SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots
 
 
@@ -365,8 +366,8 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
         wanted = idle + present if place == 0 else -(-present // SIDE_SHARE)
         have = len(lane.line) if place == 0 else lines[proposer]
         count = wanted - have if left is None else min(wanted - have, left)
-        if count <= 0:
-            continue
+        if count < min(-(-present // BATCH_SHARE), wanted if left is None else max(1, left)):
+            continue  # many are asked for at once: a searcher makes several proposals of one suggestion
         left = None if left is None else left - count
         if base is None:
             base = _commit_of(lane, study.head(lane))
