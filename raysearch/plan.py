@@ -29,6 +29,8 @@ MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again be
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
 BATCH_SHARE = 16  # a proposer is asked for at least one proposal for so many slots
+TIDYING = ("ablate", "simplify")  # proposers that take back or take away
+TIDY_AFTER = 5  # steps of a ratchet from which they are asked
 SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots
 
 
@@ -360,7 +362,7 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
     left = None if limit is None else limit - lane.screens - on_its_way
     base: str | None = None
     commands: list[Command] = []
-    for place, proposer in enumerate(study.settings.proposers):
+    for place, proposer in enumerate(_askable(study, lane)):
         if asking.get((slug, proposer)):
             continue
         wanted = idle + present if place == 0 else -(-present // SIDE_SHARE)
@@ -373,6 +375,14 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
             base = _commit_of(lane, study.head(lane))
         commands.append(Ask(slug, proposer, count, base))
     return commands
+
+
+def _askable(study: Study, lane: Lane) -> Sequence[str]:
+    """The proposers that are of use now: a ratchet of a few steps needs no tidying, unless nobody else is there."""
+    names = study.settings.proposers
+    if len(lane.wins) >= TIDY_AFTER:
+        return names
+    return [name for name in names if name not in TIDYING] or names
 
 
 def _commit_of(lane: Lane, head: CandidateState) -> str:
@@ -416,6 +426,6 @@ def is_out_of_ideas(study: Study, served: Iterable[str], fruitless: Mapping[tupl
     return all(
         lane.refusals >= MOST_REFUSALS
         or (limit is not None and lane.screens >= limit)
-        or some(fruitless.get((lane.profile.slug, name), 0) for name in study.settings.proposers) >= NO_IDEAS_AFTER
+        or some(fruitless.get((lane.profile.slug, name), 0) for name in _askable(study, lane)) >= NO_IDEAS_AFTER
         for lane in lanes
     )

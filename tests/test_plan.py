@@ -18,7 +18,17 @@ from raysearch.model import (
     SlotSetAside,
     Verdict,
 )
-from raysearch.plan import ASIDE_TRIALS, MOST_REFUSALS, Ask, Carry, Conclude, Finish, Materialise, MoveRatchet
+from raysearch.plan import (
+    ASIDE_TRIALS,
+    MOST_REFUSALS,
+    Ask,
+    Carry,
+    Conclude,
+    Finish,
+    Materialise,
+    MoveRatchet,
+    is_out_of_ideas,
+)
 from raysearch.schedule import Slot
 from raysearch.study import Study
 
@@ -446,19 +456,19 @@ def test_as_many_are_asked_for_as_slots_are_free_and_one_in_line_for_every_slot(
 
 
 def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own():
-    told = ready(slots=tuple(Slot(str(number), "cpu") for number in range(8)), proposers=("tune", "ablate"))
-    assert told.commands() == [Ask("cpu", "tune", 16, BASE), Ask("cpu", "ablate", 2, BASE)]
-    told.candidate(proposer="ablate")
-    told.candidate(proposer="ablate")
+    told = ready(slots=tuple(Slot(str(number), "cpu") for number in range(8)), proposers=("tune", "transfer"))
+    assert told.commands() == [Ask("cpu", "tune", 16, BASE), Ask("cpu", "transfer", 2, BASE)]
+    told.candidate(proposer="transfer")
+    told.candidate(proposer="transfer")
     assert [(ask.proposer, ask.count) for ask in told.commands() if isinstance(ask, Ask)] == [("tune", 14)]
 
 
 def test_nobody_is_asked_again_while_their_answer_is_due_and_others_are():
-    told = ready(proposers=("tune", "ablate"))
+    told = ready(proposers=("tune", "transfer"))
     told.asking = {("cpu", "tune"): 1}  # even when fewer were asked for than are wanted now
-    assert told.commands() == [Ask("cpu", "ablate", 1, BASE)]
+    assert told.commands() == [Ask("cpu", "transfer", 1, BASE)]
     told.asking = {("cpu", "tune"): 0, (GPU.slug, "tune"): 5}
-    assert [ask.proposer for ask in told.commands() if isinstance(ask, Ask)] == ["tune", "ablate"]
+    assert [ask.proposer for ask in told.commands() if isinstance(ask, Ask)] == ["tune", "transfer"]
 
 
 def test_a_profile_without_slots_is_not_asked_for():
@@ -750,3 +760,26 @@ def test_asking_what_to_do_changes_nothing_that_is_answered():
     for record in told.records:
         replayed.apply(record)
     assert vars(replayed) == vars(told.study)
+
+
+# ---- who is asked ----
+
+
+def test_nobody_tidies_a_ratchet_of_a_few_steps():
+    told = ready(proposers=("tune", "ablate", "simplify", "transfer"))
+
+    def asked() -> set[str]:
+        return {command.proposer for command in told.commands() if isinstance(command, Ask)}
+
+    assert asked() == {"tune", "transfer"}
+    for value in (1.0, 0.7, 0.4, 0.1, -0.2):
+        name = told.candidate()
+        told.promise(name, value=value - 0.3)
+        told.win(name, than=value)
+    assert asked() == {"tune", "ablate", "simplify", "transfer"}
+
+
+def test_a_search_ends_when_those_that_may_be_asked_have_no_ideas():
+    told = ready(proposers=("tune", "ablate"))
+    assert not is_out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): 3})
+    assert is_out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): 4})
