@@ -265,7 +265,7 @@ def _health(study: Study, lane: Lane, slots: Sequence[Slot]) -> list[Command]:
 
 def _matters(study: Study, lane: Lane, run: TrialState) -> bool:
     """Whether something is still to be decided by a trial's result."""
-    if run.value is None or run.trial.id not in study.trials:
+    if run.value is None:
         return False
     if run.trial.purpose is Purpose.SCREEN:
         return run.trial.candidate in lane.screened
@@ -296,14 +296,11 @@ def _carry(study: Study, present: Mapping[str, int], *, waits: bool) -> Carry | 
 
 def _next_dead(study: Study, lane: Lane, present: int, *, waits: bool) -> str | None:
     """The first change in line whose base is no more, if a slot waits for it or few others are ready."""
-    alive: dict[str, bool] = {}
     ready, dead, enough = 0, None, min(FEW, present)
     for name in lane.line:
-        base = study.candidates[name].base
-        if base not in alive:
-            alive[base] = study.lives(lane, base)
-        ready += alive[base]
-        if not alive[base] and dead is None:
+        alive = study.lives(lane, study.candidates[name].base)
+        ready += alive
+        if not alive and dead is None:
             dead = name
         if ready >= enough and not waits:
             return None
@@ -313,8 +310,7 @@ def _next_dead(study: Study, lane: Lane, present: int, *, waits: bool) -> str | 
 
 
 def _onto(study: Study, lane: Lane, names: Sequence[str], head: CandidateState) -> Carry:
-    commit = lane.champion_commit if head.id == lane.champion else head.candidate.commit
-    return Carry(tuple(study.candidates[name].candidate for name in names), commit, head.id)
+    return Carry(tuple(study.candidates[name].candidate for name in names), _commit_of(lane, head), head.id)
 
 
 def _stranded_wins(study: Study, lane: Lane) -> tuple[str, ...]:
@@ -399,15 +395,20 @@ def _ending(study: Study, served: Sequence[Lane], asking: Asking, accepting: boo
         return [Finish("; ".join(f"{lane.profile.slug} is blocked, {lane.blocked}" for lane in served))]
     if not accepting:
         return [Finish("the time limit has passed")]
-    limit = study.settings.max_trials
-    if limit is not None and all(lane.screens >= limit or lane.blocked for lane in served):
-        return [Finish(f"all {limit} trials are done")]
+    if all(_is_full(study, lane) or lane.blocked for lane in served):
+        return [Finish(f"all {study.settings.max_trials} trials are done")]
     stuck = [lane for lane in served if lane.refusals >= MOST_REFUSALS]
-    if stuck and all(lane in stuck or lane.blocked or (limit and lane.screens >= limit) for lane in served):
+    if stuck and all(lane in stuck or lane.blocked or _is_full(study, lane) for lane in served):
         slug = stuck[0].profile.slug
         reason = next(reason for proposal, reason in reversed(study.refused) if proposal.profile == slug)
         return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
     return []
+
+
+def _is_full(study: Study, lane: Lane) -> bool:
+    """Whether a profile has as many proposals as there may be."""
+    limit = study.settings.max_trials
+    return limit is not None and lane.screens >= limit
 
 
 def is_out_of_ideas(study: Study, served: Iterable[str], fruitless: Mapping[tuple[str, str], int]) -> bool:
@@ -421,11 +422,12 @@ def is_out_of_ideas(study: Study, served: Iterable[str], fruitless: Mapping[tupl
     lanes = [study.lanes[slug] for slug in served if not study.lanes[slug].blocked]
     if study.running or not lanes or any(lane.open for lane in lanes):
         return False
-    limit = study.settings.max_trials
-    some = max if limit else min  # what was left of a limit may all have been one proposer's to give
+    some = (
+        max if study.settings.max_trials else min
+    )  # what was left of a limit may all have been one proposer's to give
     return all(
         lane.refusals >= MOST_REFUSALS
-        or (limit is not None and lane.screens >= limit)
+        or _is_full(study, lane)
         or some(fruitless.get((lane.profile.slug, name), 0) for name in _askable(study, lane)) >= NO_IDEAS_AFTER
         for lane in lanes
     )

@@ -244,14 +244,11 @@ def _screens(study: Study, lane: Lane) -> Iterator[Trial]:
 
 def _lines(study: Study, lane: Lane) -> dict[Arm, list[str]]:
     """The candidates that may have their first run, by arm, oldest first."""
-    alive: dict[str, bool] = {}
     lines: dict[Arm, list[str]] = {}
     for name in lane.line:
-        base = study.candidates[name].base
-        if base not in alive:
-            alive[base] = study.lives(lane, base)
-        if alive[base]:
-            proposal = study.candidates[name].candidate.proposal
+        state = study.candidates[name]
+        if study.lives(lane, state.base):
+            proposal = state.candidate.proposal
             lines.setdefault(Arm(proposal.proposer, proposal.operator), []).append(name)
     return lines
 

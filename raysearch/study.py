@@ -445,7 +445,7 @@ class Study:
         if trial.purpose is Purpose.SCREEN:
             lane.screened[trial.candidate] = None
             lane.due[trial.candidate] = None
-            self._learn_curve(lane, candidate, state)
+            self._learn_curve(lane, candidate.base, state)
             return
         if trial.purpose is Purpose.BASELINE and state.outcome is not Outcome.MEASURED:
             lane.blocked = f"its baseline {trial.id} {state.outcome.value if state.outcome else ''}: {state.reason}"
@@ -460,14 +460,9 @@ class Study:
         # whoever waits for a first fresh run of what it was built on
         lane.due |= {name: None for name in lane.screened if self.candidates[name].base == trial.candidate}
 
-    def _learn_curve(self, lane: Lane, candidate: CandidateState, state: TrialState) -> None:
-        base = self.built_on(candidate.candidate).id
+    def _learn_curve(self, lane: Lane, base: str, state: TrialState) -> None:
         half, final = lane.halves.mean(base), lane.fresh.mean(base)
-        if None not in (half, final, state.halfway, state.value):
-            assert half is not None
-            assert final is not None
-            assert state.halfway is not None
-            assert state.value is not None
+        if half is not None and final is not None and state.halfway is not None and state.value is not None:
             lane.futility.add(state.halfway - half, state.value - final)
 
     def _learn_pair(self, lane: Lane, race: str) -> None:
@@ -639,10 +634,6 @@ class Study:
     def built_on(self, candidate: Candidate) -> CandidateState:
         """The candidate that `candidate`'s base commit is the tree of."""
         return self.candidates[self.candidates[candidate.id].base]
-
-    def built_on_id(self, candidate_id: str) -> str:
-        """Its id."""
-        return self.candidates[candidate_id].base
 
     def lives(self, lane: Lane, candidate_id: str) -> bool:
         """Whether it may be built upon: the champion, or a candidate on the way to it."""
