@@ -7,6 +7,7 @@ coordinator that was killed anywhere is started again and goes on. It decides no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
 import time
@@ -606,8 +607,10 @@ class Coordinator:
             return
         value = measurement.value if measurement else None
         repo, editable = self._repo, self._objective.editable
+        # read by the first of the proposers' threads that comes to it, once for all of them
+        told = functools.cache(lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value))
         for asker in self._askers.values():
-            asker.tell(lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value))
+            asker.tell(told)
 
     # ---- after a restart ----
 
