@@ -216,6 +216,7 @@ class Trial:
             self.seconds["train"] = record.training_s
             self.reporter.close_curve()
         self.run.check()
+        self.seconds["train"] = record.training_s
         if not isinstance(model, torch.nn.Module):
             raise ContractError(f"train(run) returned {type(model).__name__}; it must return the model, an nn.Module")
         return model

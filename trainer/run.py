@@ -30,8 +30,9 @@ class Run:
         seed: Already given to torch, numpy and random.
         budget_s: Seconds of training, or None when the budget is in tokens.
         budget_tokens: Tokens of training, or None when the budget is in seconds.
-        progress: Share of the budget that was spent when the last step ended, 0 to 1. It stays 0 until the first step
-            ends, because compilation is free.
+        progress: Share of the budget that is spent when the last step ends, 0 to 1: on CUDA that step is still in
+            flight, and its length that of the steps before it. It stays 0 until the first step ends, because
+            compilation is free.
         done: Whether the budget is spent.
         model: What may be scored on a small slice at half of the budget, in eval mode, so that a hopeless trial can end
             there: what `micro_batch` was called with. A program that returns another model (an average of the weights)
@@ -59,6 +60,8 @@ class Run:
         self._stream = TokenStream(data.splits["train"].rows, seed=seed)
         self._ahead: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
         self._violation: Exception | None = None
+        self._flight: _Flight | None = None
+        self._tokens_at_call = 0
         self.record = TrainingRecord()
 
     def batch(self, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +128,10 @@ class Run:
         return finder.find(choices)
 
     def step(self, loss: torch.Tensor | float) -> None:
-        """Ends an optimizer step: waits for the device, reads the clock, notes the loss.
+        """Ends an optimizer step: reads the clock, notes the loss.
+
+        On CUDA it waits for the device to end the step before, so that the device never waits for the next launch;
+        the last step and the first two are waited for themselves.
 
         Raises:
             TrainingFailure: The loss is not finite.
@@ -133,50 +139,74 @@ class Run:
             ContractError: There was no batch since the last step, or the budget was spent before.
         """
         record = self.record
-        if self.device.type == "cuda" and not self.done and record.batch_shape:
-            key = (record.tokens, *record.batch_shape)
-            self._ahead = (key, self._load(*key))  # while the device still works
-        value = float(loss.detach()) if isinstance(loss, torch.Tensor) else float(loss)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        if not record.steps:
-            # Python's collector stalls a step for up to half a second when a large program has just been compiled
-            gc.collect()
-            gc.freeze()
-            gc.disable()
-        now = _clock()
         if self.done:
             raise self._violated(
                 ContractError("run.step after run.done: the budget is spent; train while not run.done")
             )
-        if record.tokens == record.tokens_at_steps:
+        if record.tokens == self._tokens_at_call:
             raise self._violated(
                 ContractError("run.step without a run.batch since the last step; a step trains on data")
             )
-        record.end_step(now)
-        if not math.isfinite(value):
-            raise self._violated(TrainingFailure(f"loss is not finite at step {record.steps}"))
+        self._tokens_at_call = record.tokens
+        before, self._flight = self._flight, _Flight(loss, record.tokens)
+        if self.device.type == "cuda" and record.batch_shape:
+            key = (record.tokens, *record.batch_shape)
+            self._ahead = (key, self._load(*key))  # while the device still works
+        self._land(before)
+        if self.device.type != "cuda" or record.steps < 2:
+            self._settle()
+        self._spend()
+        if self.done:
+            self._settle()
+        if self.progress >= 0.5 and self._at_half is not None:
+            if self.model is not None and not self.done:
+                self._settle()
+                self._look(self.model, self._at_half)
+            self._at_half = None
+
+    def _spend(self) -> None:
+        """Reckons what will have been spent when the step in flight ends."""
+        record = self.record
         if self.budget_s is not None:
+            spent_s = record.training_s + (record.step_s if self._flight else 0.0)
+            self.progress = spent_s / self.budget_s
             # to the nearest whole step, so that long steps are neither favoured nor punished
-            self.progress = record.training_s / self.budget_s
-            self.done = record.training_s + record.step_s / 2 >= self.budget_s
+            self.done = spent_s + record.step_s / 2 >= self.budget_s
         else:
             assert self.budget_tokens is not None
             self.progress = record.tokens / self.budget_tokens
             self.done = record.tokens >= self.budget_tokens
         self.progress = 1.0 if self.done else min(self.progress, 1.0)
+
+    def _settle(self) -> None:
+        """Waits for the step in flight, and for whatever else the device was given."""
+        flight, self._flight = self._flight, None
+        if flight is not None and self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._land(flight)
+
+    def _land(self, flight: "_Flight | None") -> None:
+        """Waits for the end of a step, and counts it."""
+        if flight is None:
+            return
+        record, value = self.record, flight.wait()
+        if not record.steps:
+            # Python's collector stalls a step for up to half a second when a large program has just been compiled
+            gc.collect()
+            gc.freeze()
+            gc.disable()
+        record.end_step(_clock(), flight.tokens)
+        if not math.isfinite(value):
+            raise self._violated(TrainingFailure(f"loss is not finite at step {record.steps}"))
+        spent = record.training_s / self.budget_s if self.budget_s else flight.tokens / (self.budget_tokens or 1)
         self._reporter.step(
             step=record.steps,
-            tokens=record.tokens,
+            tokens=flight.tokens,
             seconds=record.training_s,
             loss=value,
-            progress=self.progress,
+            progress=min(spent, 1.0),
             note=f"{record.tokens_per_s:,.0f} tokens/s | {record.training_s:.1f} s",
         )
-        if self.progress >= 0.5 and self._at_half is not None:
-            if self.model is not None and not self.done:
-                self._look(self.model, self._at_half)
-            self._at_half = None
 
     def _look(self, model: torch.nn.Module, at_half: Callable[[torch.nn.Module], None]) -> None:
         """Has the model scored while the budget's clock stands still."""
@@ -209,6 +239,7 @@ class Run:
         Raises:
             ContractError: No step, a heavier first step, or work after the budget's end.
         """
+        self._settle()  # of a program that stops before its time
         record = self.record
         if self._violation:
             raise self._violation
@@ -228,6 +259,27 @@ class Run:
             )
 
 
+class _Flight:
+    """A step that the device has been given: its loss is on the way to the host, behind all of its work."""
+
+    def __init__(self, loss: torch.Tensor | float, tokens: int):
+        self.tokens, self._ended = tokens, None
+        self._loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
+        if isinstance(self._loss, torch.Tensor) and self._loss.is_cuda:
+            self._loss = torch.empty((), dtype=self._loss.dtype, pin_memory=True).copy_(
+                self._loss.reshape(()), non_blocking=True
+            )
+        if torch.cuda.is_initialized():
+            self._ended = torch.cuda.Event(blocking=False)
+            self._ended.record()
+
+    def wait(self) -> float:
+        """Waits for the end; returns the loss."""
+        if self._ended is not None:
+            self._ended.synchronize()
+        return float(self._loss)
+
+
 @dataclass
 class TrainingRecord:
     """What the harness itself saw of the training; seconds by its own clock."""
@@ -243,12 +295,12 @@ class TrainingRecord:
     batch_shape: tuple[int, int] | None = None
     micro_batch_finder: "MicroBatchFinder | None" = None
 
-    def end_step(self, now: float) -> None:
-        """Counts a step that ended at that time."""
+    def end_step(self, now: float, tokens: int) -> None:
+        """Counts a step that ended at that time, after so many tokens in all."""
         self.steps += 1
-        self.tokens_at_steps = self.tokens
+        self.tokens_at_steps = tokens
         if self.first_step_at is None:
-            self.first_step_at, self.first_step_tokens = now, self.tokens
+            self.first_step_at, self.first_step_tokens = now, tokens
         self.training_s = now - self.first_step_at - self.paused_s
 
     @property
