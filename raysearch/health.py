@@ -54,6 +54,30 @@ class Suspicion:
 
 
 @dataclass
+class Heat:
+    """How often a slot was throttled, as far as its trials say.
+
+    Attributes:
+        trials: How many say whether they were.
+        share: Sum of the shares of their training for which they were.
+        throttled: Those that are marked, oldest first.
+    """
+
+    trials: int = 0
+    share: float = 0.0
+    throttled: list[str] = field(default_factory=list[str])
+
+    def add(self, trial: str, measured: Measurement) -> None:
+        """Takes in a run; one that does not say counts for nothing."""
+        if THROTTLED_SHARE not in measured.facts:
+            return
+        self.trials += 1
+        self.share += measured.facts[THROTTLED_SHARE]
+        if is_throttled(measured):
+            self.throttled.append(trial)
+
+
+@dataclass
 class Jumps:
     """How much one run differs from the next on the same slot: does not see what a slot does all the time."""
 
@@ -178,7 +202,8 @@ class Health:
         others = [trials[-1][1] for name, trials in self.heat.items() if name != slot]
         if len(heat) < HOT or not all(hot for _, hot in heat) or not others or 2 * sum(others) > len(others):
             return None
-        reason = f"its clock was throttled by heat in {HOT} of its last {HOT} trials; see to its cooling"
+        hot = f"{HOT} of its last {HOT} trials"
+        reason = f"its clock was throttled by heat or the power brake in {hot}; see to its cooling and power"
         return Suspicion(slot, reason, tuple(trial for trial, _ in heat))
 
     def _furthest(self, slot: str) -> float:
@@ -188,7 +213,7 @@ class Health:
 
 
 def is_throttled(measured: Measurement) -> bool:
-    """Whether the trainer has marked the run: heat or the power brake lowered the clock for too much of its training."""
+    """Whether the trainer has marked the run: heat or the power brake held its clock down for too much of it."""
     return measured.facts.get(THROTTLED, 0.0) > 0
 
 

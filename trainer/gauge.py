@@ -4,6 +4,7 @@ It knows nothing of models and trials: it is the yardstick that a trial's throug
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -94,13 +95,12 @@ def _by_events(work: Callable[[], object], repeats: int) -> float:
         work()
         mark.record()
     torch.cuda.synchronize()
-    pairs = zip(marks, marks[1:], strict=False)
-    return statistics.median(before.elapsed_time(after) for before, after in pairs) / 1000
+    return statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(marks)) / 1000
 
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.gauge", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m trainer.gauge", description="Measures this device's speed.")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; default: torch's choice")
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 It gives the card no work, never waits for it, and fails no trial: what cannot be read is absent.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ STOP_LIMIT_S = 2.0  # for a last reading; a driver that hangs is not waited for
 MAX_GAP_S = 5.0  # between two readings of the power, over which it is not known
 THROTTLED_SHARE = 0.1  # of the training's samples, above which the trial is marked
 
-# Why the clock is lower than it could be, as bits: nvml.h, nvmlClocksEventReason*. Newer drivers say event for throttle.
+# Why the clock is lower than it could be, as bits (nvml.h, nvmlClocksEventReason*; older drivers: ThrottleReason).
 SW_POWER_CAP = 0x04  # normal at full load
 HW_SLOWDOWN, SW_THERMAL_SLOWDOWN, HW_THERMAL_SLOWDOWN, HW_POWER_BRAKE = 0x08, 0x20, 0x40, 0x80
 THROTTLING = HW_SLOWDOWN | SW_THERMAL_SLOWDOWN | HW_THERMAL_SLOWDOWN | HW_POWER_BRAKE
@@ -204,7 +205,7 @@ def _integrated(readings: Sequence[Reading]) -> list[tuple[float, float]]:
     """The running total of the power by the trapezoid rule; empty where it was not known for too long."""
     powers = [(r.at, r.power_w) for r in readings if r.power_w is not None]
     totals = [(at, 0.0) for at, _ in powers[:1]]
-    for (before, old), (at, new) in zip(powers, powers[1:], strict=False):
+    for (before, old), (at, new) in itertools.pairwise(powers):
         if at - before > MAX_GAP_S:
             return []
         totals.append((at, totals[-1][1] + (at - before) * (old + new) / 2))
