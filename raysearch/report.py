@@ -60,9 +60,9 @@ def write_all(study: Study, folder: Path, *, name: str, metric: str) -> list[Pat
 
 
 GAINS = (
-    " Speed is the change of tokens a second. Learning is an estimate of what is left of the delta at equal tokens, by a "
-    f"rule of thumb for GPUs: {tally.PER_DOUBLING_BPB} bits per byte for a doubling of compute (docs/adr/0008); the exact "
-    "figure takes runs of both programs with --budget-tokens."
+    " Speed is the change of tokens a second. Learning is an estimate of what is left of the delta at equal tokens, "
+    f"by a rule of thumb for GPUs: {tally.PER_DOUBLING_BPB} bits per byte for a doubling of compute (docs/adr/0008); "
+    "the exact figure takes runs of both programs with --budget-tokens."
 )
 
 

@@ -4,6 +4,7 @@ It gives the card no work, never waits for it, and fails no trial: what cannot b
 """
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -164,7 +165,7 @@ def facts_of(
     told["temperature_c"] = _of(readings, "temperature_c", max)
     if readings:
         told["sm_clock_max_mhz"] = sm_clock_max_mhz
-    start, stop = training or (0.0, 0.0)
+    start, stop = training or (math.inf, -math.inf)
     at_work = [r for r in readings if start <= r.at <= stop and not any(a <= r.at <= b for a, b in pauses)]
     told["sm_clock_mhz"] = _of(at_work, "sm_clock_mhz", median)
     told["memory_clock_mhz"] = _of(at_work, "memory_clock_mhz", median)
