@@ -264,7 +264,7 @@ def _ratchet_part(study: Study, at: Standing, metric: str) -> list[str]:
             f"`{(state.ratchet_commit or '')[:7]}`",
             state.candidate.id,
             signed(state.delta, state.delta_se, decimals),
-            *(_gains_cells(part, decimals) if known else ()),
+            *(_gains_cells(part) if known else ()),
             str(state.pairs),
             number(study.value(state.candidate.id), decimals),
             _md(state.candidate.proposal.hypothesis),
@@ -277,10 +277,10 @@ def _ratchet_part(study: Study, at: Standing, metric: str) -> list[str]:
     return ["### Ratchet", "", *_table(head, rows), "", why + (GAINS if known else ""), ""]
 
 
-def _gains_cells(part: Gains | None, decimals: int) -> list[str]:
+def _gains_cells(part: Gains | None) -> list[str]:
     if part is None:
         return ["–", "–"]
-    learning = "–" if part.learning is None else f"≈ {part.learning:+.{decimals}f}"
+    learning = "–" if part.learning is None else f"≈ {part.learning:+.4f}"
     return [f"{100 * (part.speed - 1):+.1f} %", learning]
 
 

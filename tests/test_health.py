@@ -115,7 +115,7 @@ def test_what_is_forgotten_starts_anew_and_nothing_is_said_twice():
 
 
 def heated(*rounds: str) -> Health:
-    """Runs of slots a, b, c, … in turn, each round a word: `H` a throttled run, `.` a cool one, `?` one that is silent."""
+    """Runs of slots a, b, c, … in turn, a word a round: `H` a throttled run, `.` a cool one, `?` a silent one."""
     health = Health()
     for number, marks in enumerate(rounds):
         for slot, mark in zip("abcdefgh", marks, strict=False):

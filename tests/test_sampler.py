@@ -1,4 +1,4 @@
-"""The sampler of clocks, heat and energy: on an imagined card behind pynvml, on none, and (marker gpu) on a real one."""
+"""The sampler of clocks, heat and energy: on a fake card behind pynvml, on none, and (marker gpu) on a real one."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 
 def readings(seconds: int, **changes: Callable[[int], float | None]) -> list[Reading]:
-    """One a second: 100 W, a counter that agrees, 1410 MHz, 60 °C, no reason to throttle; unless the changes say else."""
+    """One a second: 100 W, a counter that agrees, 1410 MHz, 60 °C, no reason to throttle; but for the changes."""
     usual: dict[str, Callable[[int], Any]] = {
         "energy_j": lambda at: 5000.0 + 100.0 * at,
         "power_w": lambda at: 100.0,
@@ -84,7 +84,9 @@ def test_clocks_and_power_are_the_training_s_and_heat_the_whole_trial_s():
     assert (found["sm_clock_mhz"], found["power_w"], found["temperature_c"]) == (1410.0, 600.0, 81.0)
 
 
-@pytest.mark.parametrize("reason", [SW_THERMAL_SLOWDOWN, HW_SLOWDOWN, HW_POWER_BRAKE, SW_THERMAL_SLOWDOWN | SW_POWER_CAP])
+@pytest.mark.parametrize(
+    "reason", [SW_THERMAL_SLOWDOWN, HW_SLOWDOWN, HW_POWER_BRAKE, SW_THERMAL_SLOWDOWN | SW_POWER_CAP]
+)
 def test_a_trial_whose_clock_was_held_down_is_marked(reason: int):
     found = told(readings(20, reasons=lambda at: reason if at in (6, 7) else 0))
     assert found["throttled_share"] == pytest.approx(2 / 11, abs=1e-4)
