@@ -27,7 +27,8 @@ def readings(seconds: int, **changes: Callable[[int], float | None]) -> list[Rea
         "temperature_c": lambda at: 60.0,
         "reasons": lambda at: SW_POWER_CAP,
     }
-    return [Reading(float(at), **{name: of(at) for name, of in (usual | changes).items()}) for at in range(seconds + 1)]
+    functions: dict[str, Callable[[int], Any]] = usual | changes
+    return [Reading(float(at), **{name: of(at) for name, of in functions.items()}) for at in range(seconds + 1)]
 
 
 def told(found: list[Reading], *, end: float = 20.0, training: tuple[float, float] | None = (5.0, 15.0), **more: Any):
