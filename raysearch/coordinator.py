@@ -541,7 +541,9 @@ class Coordinator:
         self._slots[slot.id] = slot
         self._profile_of[slot.id] = known.profile.slug
         self._places = None
-        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}")
+        speed = slot.speed
+        measured = f", matmul {speed.matmul_tflops:.3g} TFLOPS, copy {speed.copy_gb_per_s:.0f} GB/s" if speed else ""
+        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}{measured}")
 
     def _profile(self, slot: SlotInfo) -> Profile:
         hardware, preset = slot.hardware, self._presets.get(slot.preset)

@@ -115,6 +115,31 @@ def test_a_measured_trial_reports_every_field_of_the_contract(measured: tuple[Ra
     assert sum(result["seconds"].values()) <= result["total_seconds"] + 0.05
 
 
+def test_on_a_cpu_what_only_a_card_tells_is_absent_and_not_zero(measured: tuple[Ran, str]):
+    result = measured[0].result
+    of_card = ("energy", "clock", "temperature", "power", "throttled")
+    assert not [name for name in result if any(part in name for part in of_card)]
+    assert result["mfu_percent"] is None
+    assert result["mfu_measured_percent"] is None
+    assert result["matmul_tflops"] is None
+
+
+@pytest.mark.parametrize("told", ["0.5", "nonsense", "0", "inf", "nan"])
+def test_the_share_of_a_matmul_that_the_worker_has_measured_is_reported(
+    told: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAYSEARCH_MATMUL_TFLOPS", told)
+    program = instead("def forward", "flops_per_token = 2e6\n    def forward")
+    result = run_harness(program, data, tmp_path).result
+    if told != "0.5":
+        assert result["mfu_measured_percent"] is None
+        return
+    assert result["matmul_tflops"] == 0.5
+    assert result["mfu_measured_percent"] == pytest.approx(100 * result["tokens_per_s"] * 2e6 / 0.5e12, abs=0.02)
+    assert result["mfu_measured_percent"] > 0
+    assert result["mfu_percent"] is None
+
+
 def test_the_summary_block_is_the_one_that_autoresearch_users_know(measured: tuple[Ran, str]):
     block = measured[1].rpartition("---\n")[2].splitlines()
     names = [line.partition(":")[0] for line in block]

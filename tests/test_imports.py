@@ -46,10 +46,12 @@ TRIAL: dict[str, set[str]] = {
     "rows": {"errors"},
     "reporter": set(),
     "telemetry": set(),
+    "sampler": {"telemetry"},
+    "gauge": set(),
     "micro_batch": {"common", "errors", "reporter", "telemetry"},
     "evaluation": {"errors", "reporter", "rows"},
     "run": {"errors", "micro_batch", "reporter", "rows"},
-    "harness": {"errors", "evaluation", "reporter", "rows", "run", "telemetry"},
+    "harness": {"errors", "evaluation", "reporter", "rows", "run", "sampler", "telemetry"},
 }
 
 

@@ -121,7 +121,16 @@ from trainer.evaluation import evaluate, evaluate_slice
 from trainer.reporter import Reporter, write_json
 from trainer.rows import load_data
 from trainer.run import Run
-from trainer.telemetry import flops_per_token, memory_mb, parameters_of, peak_tflops, shape_of, spawned_at
+from trainer.sampler import Sampler
+from trainer.telemetry import (
+    flops_per_token,
+    measured_tflops,
+    memory_mb,
+    parameters_of,
+    peak_tflops,
+    shape_of,
+    spawned_at,
+)
 
 _IMPORTED_AT = _wall_clock()
 
@@ -159,6 +168,7 @@ class Trial:
         self.arguments = arguments
         self.train_file, self.out = Path(arguments.train_file), Path(arguments.out)
         self.device = pick_device(arguments.device)
+        self.sampler = Sampler(self.device)
         self.data = load_data(Path(arguments.data), holdout=arguments.holdout)
         try:
             program = self.train_file.read_bytes()
@@ -244,6 +254,7 @@ class Trial:
             return
         finally:
             self.seconds["halfway"] = _clock() - started
+            self.sampler.pauses.append((started, _clock()))
         self.result["halfway_bpb"] = bpb if math.isfinite(bpb) else None
         if limit is not None and not bpb <= limit:
             raise Futile(f"{bpb:.6f} bits per byte on a slice at half of the budget, wanted at most {limit:.6f}")
@@ -253,8 +264,11 @@ class Trial:
         depth, _ = shape_of(model)
         flops = flops_per_token(model)
         peak = peak_tflops(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        measured = measured_tflops()
         self.result |= {
             "mfu_percent": round(record.tokens_per_s * flops / peak / 1e10, 2) if peak else None,
+            "mfu_measured_percent": round(record.tokens_per_s * flops / measured / 1e10, 2) if measured else None,
+            "matmul_tflops": measured,
             "num_params": parameters_of(model),
             "depth": depth,
             "flops_per_token": flops,
@@ -293,6 +307,7 @@ class Trial:
     def _end(self, outcome: str, reason: str) -> str:
         """Writes result.json, whatever happened before."""
         record = self.run.record
+        of_card = self.sampler.facts(record.first_step_at, record.training_s + record.paused_s)
         seconds = {
             "build": 0.0,
             "first_step": 0.0,
@@ -301,7 +316,8 @@ class Trial:
             "eval": 0.0,
             "holdout": 0.0,
         } | self.seconds
-        absent = dict.fromkeys(("mfu_percent", "num_params", "depth", "flops_per_token", "evaluation"))
+        mfu = ("mfu_percent", "mfu_measured_percent", "matmul_tflops")
+        absent = dict.fromkeys((*mfu, "num_params", "depth", "flops_per_token", "evaluation"))
         if outcome != "measured":
             self.result |= {"val_bpb": None, "holdout_bpb": None}
         self.result = {
@@ -312,6 +328,7 @@ class Trial:
             "training_seconds": round(record.training_s, 3),
             "total_seconds": round(_wall_clock() - spawned_at(_FIRST_LINE_AT), 3),
             **memory_mb(self.device),
+            **of_card,
             "total_tokens": record.tokens_at_steps,
             "num_steps": record.steps,
             "tokens_per_s": round(record.tokens_per_s, 1),
