@@ -333,6 +333,8 @@ def perform(arguments: argparse.Namespace) -> str:
     ended = execute(program)
     counted = counts(ended) if ended.outcome == "measured" else {}
     outcome, reason = verdict(ended, feed, counted)
+    if outcome != "measured":
+        counted = {}
     seconds = {
         "start": _FIRST_LINE_AT - spawned_at(_FIRST_LINE_AT),
         "import": _IMPORTED_AT - _FIRST_LINE_AT,
