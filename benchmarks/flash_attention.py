@@ -28,7 +28,7 @@ def get_kernel(*_: Any, **__: Any) -> SimpleNamespace:
     return SimpleNamespace(flash_attn_interface=SimpleNamespace(flash_attn_func=flash_attn_func))
 
 
-def flash_attn_func(
+def flash_attn_func(  # noqa: PLR0917  # FlashAttention's signature
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -85,7 +85,8 @@ def windowed(
     T = q.size(2)
     if T not in _BLOCK_MASKS or left not in _BLOCK_MASKS[T]:
         make_block_mask(T, left, q.device)
-    return flex_attention(q, k, v, block_mask=_BLOCK_MASKS[T][left], scale=scale, enable_gqa=is_grouped)  # pyright: ignore[reportReturnType] - a tensor unless the log-sums are asked for
+    y: Any = flex_attention(q, k, v, block_mask=_BLOCK_MASKS[T][left], scale=scale, enable_gqa=is_grouped)
+    return y
 
 
 def masked(
@@ -104,13 +105,15 @@ def make_block_masks(T: int, device: torch.device) -> None:
             make_block_mask(T, T // share, device)
 
 
-@torch.compiler.disable
-def make_block_mask(T: int, left: int, device: torch.device) -> None:
-    """Makes the mask of a window and keeps it; inside a compiled program it costs a graph break, once."""
+def _make_block_mask(T: int, left: int, device: torch.device) -> None:
+    """Makes the mask of a window and keeps it."""
     from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415
 
     mask = create_block_mask(lambda b, h, q, k: _visible(q, k, left), None, None, T, T, device=device)
     _BLOCK_MASKS.setdefault(T, {})[left] = mask
+
+
+make_block_mask: Any = torch.compiler.disable(_make_block_mask)  # in a compiled program it breaks the graph, once
 
 
 def _visible(q: Tensor, k: Tensor, left: int) -> Tensor:

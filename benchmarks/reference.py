@@ -43,7 +43,7 @@ from trainer.errors import UsageError
 from trainer.evaluation import Score, by_document
 from trainer.harness import EXIT_CODES, is_out_of_memory
 from trainer.reporter import write_json
-from trainer.rows import Data, Split, TokenStream, load_data
+from trainer.rows import Data, TokenStream, load_data
 from trainer.telemetry import memory_mb, peak_tflops, spawned_at
 from trainer.tokenizer import Tokenizer
 
@@ -254,7 +254,10 @@ def execute(program: Path) -> Ended:
         names = runpy.run_path(str(program), run_name="__main__")
     except SystemExit as error:
         if error.code:
-            outcome, reason = "crashed", f"it ended itself with exit code {error.code}: {last_line(tee.text.getvalue())}"
+            outcome, reason = (
+                "crashed",
+                f"it ended itself with exit code {error.code}: {last_line(tee.text.getvalue())}",
+            )
     except BaseException as error:  # noqa: BLE001  # the program may raise anything
         traceback.print_exc()
         outcome = "out_of_memory" if is_out_of_memory(error) else "crashed"

@@ -1,9 +1,9 @@
-"""A small program in the manner of karpathy/autoresearch for the benchmark's tests: same imports, same loop, any device.
+"""A small program in the manner of karpathy/autoresearch for tests: the same imports and loop, on any device.
 
 It holds no test.
 """
 
-PROGRAM = '''
+PROGRAM = """
 import gc
 import math
 import time
@@ -113,4 +113,4 @@ print(f"total_tokens_M:   {total_tokens / 1e6:.1f}")
 print(f"num_steps:        {step}")
 print(f"num_params_M:     {num_params / 1e6:.1f}")
 print(f"depth:            {DEPTH}")
-'''
+"""
