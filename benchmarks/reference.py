@@ -195,7 +195,13 @@ class PrepareTokenizer:
 def stand_in(feed: Feed, folder: Path, *, budget_s: float) -> None:
     """Puts `kernels` and `prepare` where the program's imports find them."""
     kernels, prepare = types.ModuleType("kernels"), types.ModuleType("prepare")
-    vars(kernels).update(get_kernel=flash_attention.get_kernel)
+
+    def get_kernel(*names: Any, **options: Any) -> Any:
+        if feed.device.type == "cuda":
+            flash_attention.make_block_masks(feed.data.row_tokens, feed.device)
+        return flash_attention.get_kernel(*names, **options)
+
+    vars(kernels).update(get_kernel=get_kernel)
     PrepareTokenizer.folder = folder
     vars(prepare).update(
         MAX_SEQ_LEN=feed.data.row_tokens,
@@ -206,8 +212,6 @@ def stand_in(feed: Feed, folder: Path, *, budget_s: float) -> None:
         get_token_bytes=lambda device="cpu": torch.from_numpy(feed.data.token_bytes).to(device),
     )
     sys.modules.update(kernels=kernels, prepare=prepare)
-    if feed.device.type == "cuda":
-        flash_attention.make_block_masks(feed.data.row_tokens, feed.device)
 
 
 # ---- one run ----
@@ -405,8 +409,8 @@ def find_program(path: Path) -> Path:
     return program
 
 
-def main() -> int:
-    """Runs one reference; returns the harness's exit code for its outcome."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--reference", type=Path, required=True, metavar="DIR", help="Folder with a train.py.")
     parser.add_argument("--data", required=True, help="Folder made by python -m trainer.prepare.")
@@ -414,9 +418,13 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=300.0, help="Its TIME_BUDGET.")
     parser.add_argument("--eval-tokens", type=int, help="Tokens to score (whole rows); default: all.")
     parser.add_argument("--seed", type=int, default=0, help="Of the order of the rows.")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Runs one reference; returns the harness's exit code for its outcome."""
     try:
-        return EXIT_CODES[perform(arguments)]
+        return EXIT_CODES[perform(parse())]
     except UsageError as error:
         print(f"reference: {error}", file=sys.stderr)
         return 2

@@ -99,6 +99,7 @@ class Bench:
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
         """Each job with what came of it, as they end; whatever happens, no process is left behind."""
+        self.is_stopping = False
         free: queue.SimpleQueue[str] = queue.SimpleQueue()
         for gpu in self.gpus:
             free.put(gpu)
