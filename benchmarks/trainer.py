@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +97,7 @@ class Bench:
     running: set[int] = field(default_factory=set[int])
     is_stopping: bool = False
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
+    def run(self, jobs: Sequence[Job]) -> Generator[tuple[Job, Row], None, None]:
         """Each job with what came of it, as they end; whatever happens, no process is left behind."""
         self.is_stopping = False
         free: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -177,7 +177,7 @@ class Bench:
         if one.is_reference:
             own = [ROOT / "benchmarks" / "reference.py", "--reference", program.resolve(), "--budget-s", one.budget_s]
         else:
-            budget = ["--budget-s", one.budget_s] if job.budget_tokens is None else budget_tokens(job.budget_tokens)
+            budget = ("--budget-tokens", job.budget_tokens) if job.budget_tokens else ("--budget-s", one.budget_s)
             device = "cpu" if gpu == CPU else "cuda"  # without CUDA it fails in one line, instead of training for hours
             own = ["-m", "trainer.harness", "--train-file", program.resolve(), *budget, "--device", device]
         return [sys.executable, "-P", *map(str, [*own, *shared])]
@@ -189,11 +189,6 @@ class Bench:
             return
         with tempfile.TemporaryDirectory(prefix="raysearch-cold-", ignore_cleanup_errors=True) as folder:
             yield Path(folder)
-
-
-def budget_tokens(tokens: int) -> list[Any]:
-    """The harness's option for a budget in tokens."""
-    return ["--budget-tokens", tokens]
 
 
 def environment(cache: Path, gpu: str) -> dict[str, str]:
@@ -300,25 +295,26 @@ def perform(arguments: argparse.Namespace) -> str:
     facts = {"cards": {gpu: card_of(gpu) for gpu in gpus}, "data": str(arguments.data), "cold": arguments.cold}
     heading = (
         f"{', '.join(sorted(set(facts['cards'].values())))}; {arguments.budget_s:g} s of training where no other is "
-        f"named; {'empty caches for each run' if arguments.cold else 'shared caches'}; "
-        f"{arguments.eval_tokens or 'all'} tokens scored"
+        f"named; {'empty caches for each run' if arguments.cold else 'shared caches'}"
     )
     rows: list[Row | None] = [None] * len(jobs)
 
     def done() -> list[Row]:
         return [row for row in rows if row is not None]
 
-    for job, row in bench.run(jobs):
-        rows[jobs.index(job)] = row
-        write(done(), out, heading, facts)
-        say(f"{len(done())} of {plural(len(jobs), 'run')}", row)
+    with contextlib.closing(bench.run(jobs)) as runs:
+        for job, row in runs:
+            rows[jobs.index(job)] = row
+            write(done(), out, heading, facts)
+            say(f"{len(done())} of {plural(len(jobs), 'run')}", row)
     if arguments.same_tokens:
         again = at_the_references_tokens(jobs, done())
-        for number, (job, row) in enumerate(bench.run(list(again)), 1):
-            mine = again[job]
-            mine.same_tokens_bpb, mine.same_tokens_reason = row.fact("val_bpb"), row.reason
-            write(done(), out, heading, facts)
-            say(f"{number} of {plural(len(again), 'run')} at the reference's tokens", row)
+        with contextlib.closing(bench.run(list(again))) as runs:
+            for number, (job, row) in enumerate(runs, 1):
+                mine = again[job]
+                mine.same_tokens_bpb, mine.same_tokens_reason = row.fact("val_bpb"), row.reason
+                write(done(), out, heading, facts)
+                say(f"{number} of {plural(len(again), 'run')} at the reference's tokens", row)
     return write(done(), out, heading, facts)
 
 

@@ -117,6 +117,8 @@ def table(rows: Sequence[Row], heading: str) -> str:
         if row.same_tokens_reason
     ]
     notes = [NOTES] if any(row.is_reference for row in rows) else []
+    scored = sorted({str(row.result["evaluation"]) for row in rows if row.is_measured and "evaluation" in row.result})
+    heading += f"; evaluation {', '.join(scored)} (version, tokens)" if scored else ""
     blocks = [[heading], lines, means(rows), reasons, notes]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainer_kit import make_data
 
 from benchmarks import flash_attention, reference
 from benchmarks.gpu_data import tile_val
+from benchmarks.trainer_table import Row, table
 from benchmarks.trainer_variants import read_variants
 from raysearch.errors import UserError
 from raysearch.knobs import read_knobs
@@ -313,6 +315,7 @@ def test_ours_and_a_reference_stand_in_one_table_with_a_run_at_the_references_to
         assert row["seconds"]["rest"] >= 0
         assert f"{row['result']['val_bpb']:.6f}" in done.stdout
     assert f"{preset['result']['tokens_per_s'] / first['result']['tokens_per_s']:.3f}" in done.stdout
+    assert "evaluation 1-2048 (version, tokens)" in done.stdout
     assert done.stdout == (tmp_path / "out" / "table.md").read_text()
     (written,) = (tmp_path / "out").glob("*cpu*/train.py")
     assert read_knobs(written.read_text())["TOTAL_BATCH_SIZE"].value == 512
@@ -368,6 +371,63 @@ def test_a_cold_run_has_empty_caches_and_others_share_them(data: Path, tmp_path:
     assert [row["reason"] for row in rows] == ["", "crashed: AssertionError: there is something in it"]
 
 
+WAIT = """pathlib.Path({place!r}).write_text(str(os.getpid())); time.sleep(600)"""
+
+
+def test_a_benchmark_that_is_stopped_leaves_no_run_behind(data: Path, tmp_path: Path):
+    place = tmp_path / "pid"
+    options = ["--data", data, "--out", tmp_path / "out", ours(tmp_path, "waiting", WAIT.format(place=str(place)))]
+    benchmark = [sys.executable, str(ROOT / "benchmarks" / "trainer.py"), *map(str, options)]
+    with subprocess.Popen(benchmark, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        while not (place.exists() and place.read_text()):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.terminate()
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert said == "trainer benchmark: stopped; the table so far is in --out\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
+
+
+def row(label: str, result: dict[str, Any], *, is_reference: bool = False, reason: str = "") -> Row:
+    seconds = {"start": 0.5, "import": 3.0, "data": 0.1, "build": 2.0, "first_step": 9.0, "train": 300.0, "eval": 6.0}
+    return Row(label, 0, is_reference, 300.0, "0", 322.0, {"seconds": seconds, **result}, reason)
+
+
+def columns(text: str) -> list[dict[str, str]]:
+    """The cells of a Markdown table, by the names of its columns."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_the_table_shows_what_the_runs_know_and_leaves_out_what_none_knows():
+    slow: dict[str, Any] = {
+        "tokens_per_s": 1e6,
+        "val_bpb": 1.0,
+        "num_steps": 570,
+        "total_tokens": 3e8,
+        "num_params": 5.03e7,
+    }
+    runs = [
+        row("theirs", {}, is_reference=True, reason="crashed: no luck"),
+        row("other", slow, is_reference=True),
+        row("h100", slow | {"mfu_percent": 41.23, "reserved_mb": 45060.2, "energy_j": 201234.0}),
+    ]
+    # the first reference has no speed: there is nothing to compare with, least of all the second one
+    bare, _, full = columns(table(runs, "H100"))
+    assert "× reference" not in bare
+    assert "seed" not in bare
+    assert (bare["val_bpb"], bare["tokens/s"], bare["energy kJ"], bare["total"]) == ("failed", "–", "–", "322.0")
+    assert (full["MFU %"], full["reserved MB"], full["energy kJ"]) == ("41.2", "45,060", "201.2")
+    assert (full["steps"], full["tokens M"], full["params M"], full["val_bpb"]) == ("570", "300.0", "50.3", "1.000000")
+    assert (full["first step"], full["rest"]) == ("9.0", "1.4")
+    first, ours_now = columns(table([runs[1], row("h100", slow | {"tokens_per_s": 1.25e6})], "H100"))
+    assert (first["× reference"], ours_now["× reference"]) == ("1.000", "1.250")
+    assert "energy kJ" not in first
+    assert "MFU %" not in first
+
+
 def test_a_variant_names_a_preset_with_constants_and_a_budget():
     plain_one, other, both = read_variants([], ["h100", "h100@150", "h100:DEPTH=9,LR_SCALE=1@20.5"], budget_s=300)
     assert [one.budget_s for one in (plain_one, other, both)] == [300, 150, 20.5]
@@ -403,6 +463,26 @@ def test_a_variant_that_is_none_is_refused_in_one_line(text: str, message: str):
 def test_a_reference_that_is_none_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(UserError, match=r"train.py is no file; give a folder with an autoresearch-style train.py"):
         read_variants([str(tmp_path)], [], budget_s=300)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "no variant: nothing to compare; give a preset (cpu, "),
+        (["cpu", "--same-tokens"], "--same-tokens without --reference: there are no tokens to go by; give one"),
+        (["cpu", "--cold", "--cache", "x"], "--cold with --cache: a cold run has a cache of its own; leave"),
+        (["cpu", "--repeat", "0"], "--repeat and --eval-tokens have to be 1 or more"),
+        (["cpu", "--data", "gone"], "--data gone has no manifest.json; run: python -m trainer.prepare --data gone"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_in_one_line(
+    data: Path, tmp_path: Path, options: list[str], message: str
+):
+    done = command("trainer.py", "--data", data, "--out", tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"trainer benchmark: {message}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 # ---- a long val split ----
