@@ -46,10 +46,11 @@ TRIAL: dict[str, set[str]] = {
     "rows": {"errors"},
     "reporter": set(),
     "telemetry": set(),
-    "micro_batch": {"common", "errors", "reporter", "telemetry"},
-    "evaluation": {"errors", "reporter", "rows"},
+    "memory": {"common", "errors"},
+    "micro_batch": {"common", "errors", "memory", "reporter", "telemetry"},
+    "evaluation": {"errors", "memory", "reporter", "rows"},
     "run": {"errors", "micro_batch", "reporter", "rows"},
-    "harness": {"errors", "evaluation", "reporter", "rows", "run", "telemetry"},
+    "harness": {"errors", "evaluation", "memory", "reporter", "rows", "run", "telemetry"},
 }
 
 
