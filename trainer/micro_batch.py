@@ -130,8 +130,8 @@ class MicroBatchFinder:
         self._fitted = bytes_per_token(depth=depth or 1, dim=dim, vocab_size=vocab_size)
         self._choices: list[int] = []
         self._found = self.probes = 0
-        card = (torch.cuda.get_device_properties(0).name, room().total_bytes, *torch.cuda.get_device_capability())
-        self._memo = _memo(program_sha256, *card, *x.shape)
+        card = (torch.cuda.get_device_properties(0).name, *torch.cuda.get_device_capability())
+        self._memo = _memo(program_sha256, *card, room().total_bytes, *x.shape)
         self._memo_of_card = _memo(torch.__version__, *card)
 
     def find(self, choices: list[int]) -> int:
@@ -160,7 +160,7 @@ class MicroBatchFinder:
         states = 12 * parameters_of(self._model)  # gradients, two moments; some of it may be there already
         free = here.free_bytes + torch.cuda.memory_reserved() - states - self.SPARE * here.total_bytes
         correction = _recall(self._memo_of_card, "of_fitted")
-        per_row = self._fitted * (correction if 0.01 < correction < 100 else 1.0) * self._x.shape[1]
+        per_row = self._fitted * (correction or 1.0) * self._x.shape[1]
         return free / per_row
 
     def _probe(self, rows: int) -> Probe:
@@ -222,9 +222,10 @@ def _memo(*key: object) -> Path:
 
 def _recall(memo: Path, name: str) -> float:
     try:
-        return float(json.loads(memo.read_text())[name])
+        found = float(json.loads(memo.read_text())[name])
     except (OSError, ValueError, KeyError, TypeError):
         return 0.0  # never found, or a broken file: look again
+    return found if 0 < found < float("inf") else 0.0
 
 
 def _remember(memo: Path, **found: float) -> None:
