@@ -322,6 +322,7 @@ class Coordinator:
             delta_se=state.delta_se,
             n=state.pairs,
             holdout=self._study.holdout(proposal.id),
+            whole=self._study.whole(proposal.id),
             proposer=proposal.proposer,
             cost_usd=proposal.cost_usd,
         )
@@ -551,7 +552,7 @@ class Coordinator:
         data, evaluation = "", ""
         if slot.data and preset:
             data = f"{slot.data.dataset}-v{preset.vocab_size}-t{preset.row_tokens} {slot.data.manifest_sha256[:12]}"
-            evaluation = f"{slot.data.evaluation_version}-{preset.eval_tokens}"
+            evaluation = f"{slot.data.evaluation_version}-{objective.evaluation_sizes(preset)}"
         return Profile(
             slug="",
             device=hardware.device,

@@ -92,8 +92,10 @@ def write_results(study: Study, path: Path, *, metric: str) -> None:
 
 
 def _columns(metric: str) -> list[str]:
-    own = "profile candidate operator proposer outcome verdict delta delta_se pairs runs holdout reason base carried_by"
-    numbers = "training_s wall_s num_steps total_tokens num_params mfu_percent energy_kj throttled finished_at"
+    own = "profile candidate operator proposer outcome verdict delta delta_se pairs runs holdout whole reason base"
+    numbers = (
+        "carried_by training_s wall_s num_steps total_tokens num_params mfu_percent energy_kj throttled finished_at"
+    )
     return ["commit", clean(metric, 40), "memory_gb", "status", "description", *own.split(), *numbers.split()]
 
 
@@ -103,6 +105,7 @@ def _row(study: Study, line: Line, metric: str) -> dict[str, str]:
     first = measured[0] if measured else None
     fresh = study.lane(proposal.profile).fresh.values(proposal.id)
     holdouts = [one.holdout for one in measured if one.holdout is not None]
+    wholes = [one.whole for one in measured if one.whole is not None]
     facts = first.facts if first else {}
     said = f"baseline: {proposal.hypothesis}" if line.fate is Fate.BASELINE else proposal.hypothesis
     finished_at = datetime.fromtimestamp(line.runs[-1].finished_at or 0.0, UTC)
@@ -123,6 +126,7 @@ def _row(study: Study, line: Line, metric: str) -> dict[str, str]:
         str(state.pairs),
         str(len(fresh) or len(measured)),
         f"{sum(holdouts) / len(holdouts):.6f}" if holdouts else "",
+        f"{sum(wholes) / len(wholes):.6f}" if wholes else "",
         _cell(state.reason),
         proposal.base[:7],
         state.carried_by or "",
@@ -238,6 +242,9 @@ def _champion_part(study: Study, at: Standing, metric: str) -> list[str]:
         text.append(
             f"- Second held-out split (reported, never used to decide): {number(at.holdout, decimals)}{against}."
         )
+    if at.whole is not None:
+        against = f", baseline {number(at.baseline_whole, decimals)}" if at.baseline_whole and at.steps else ""
+        text.append(f"- Whole evaluation set (reported; a part of it decides): {number(at.whole, decimals)}{against}.")
     return [*text, ""]
 
 
@@ -476,6 +483,7 @@ class ProfileStatus(TypedDict):
     delta_se: float | None
     gain: float | None
     holdout: float | None
+    whole: float | None
     wins: int
     frontier: list[str]
     queued: int
@@ -626,6 +634,7 @@ def _profile_status(study: Study, slug: str, queued: int) -> ProfileStatus:
         delta_se=_finite(at.delta_se),
         gain=_finite(None if at.delta is None else gain(at.delta, study.settings.direction)),
         holdout=_finite(at.holdout),
+        whole=_finite(at.whole),
         wins=len(at.steps),
         frontier=[name for name in study.lane(slug).racing if study.lives(study.lane(slug), name)],
         queued=queued,

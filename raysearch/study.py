@@ -720,12 +720,17 @@ class Study:
 
     def holdout(self, candidate_id: str) -> float | None:
         """A candidate's metric on the second held-out split, where one of its runs measured it."""
+        return next((run.holdout for run in self._fresh(candidate_id) if run.holdout is not None), None)
+
+    def whole(self, candidate_id: str) -> float | None:
+        """A candidate's metric on the whole set, where one of its runs measured it."""
+        return next((run.whole for run in self._fresh(candidate_id) if run.whole is not None), None)
+
+    def _fresh(self, candidate_id: str) -> Iterator[Measurement]:
+        """What the fresh runs of a candidate gave."""
         lane = self.lane(self.candidate(candidate_id).candidate.profile)
-        for trial_id in lane.fresh_runs.get(candidate_id, ()):
-            measured = self.trials[trial_id].measurement
-            if measured and measured.holdout is not None:
-                return measured.holdout
-        return None
+        measured = (self.trials[trial_id].measurement for trial_id in lane.fresh_runs.get(candidate_id, ()))
+        return (one for one in measured if one is not None)
 
 
 def screen_id(candidate_id: str) -> str:

@@ -67,6 +67,7 @@ class Standing:
         value_se: Standard error of the champion's value.
         delta: Champion minus baseline; None while the baseline is the champion, or unmeasured.
         holdout: Mean of the champion on the second held-out split, where it was measured.
+        whole: Likewise on the whole set, where trials are scored on a part of it.
         steps: The ratchet's wins, oldest first.
     """
 
@@ -75,6 +76,7 @@ class Standing:
     baseline: float | None
     baseline_runs: int
     baseline_holdout: float | None
+    baseline_whole: float | None
     champion: CandidateState
     commit: str
     value: float | None
@@ -83,6 +85,7 @@ class Standing:
     delta: float | None
     delta_se: float | None
     holdout: float | None
+    whole: float | None
     steps: list[CandidateState]
     blocked: str
 
@@ -235,17 +238,14 @@ def standing(study: Study, slug: str) -> Standing:
         delta = value - baseline
         if noise is not None and runs and baseline_runs:
             delta_se = noise.sigma * math.sqrt(1 / runs + 1 / baseline_runs)
-    holdouts: dict[str, list[float]] = {lane.base: [], lane.champion: []}
-    for run in study.trials.values():
-        trial, measured = run.trial, run.measurement
-        if trial.candidate in holdouts and measured is not None and measured.holdout is not None:
-            holdouts[trial.candidate].append(measured.holdout)
+    of_base, of_champion = _reported(study, lane.base), _reported(study, lane.champion)
     return Standing(
         profile=lane.profile,
         noise=noise,
         baseline=baseline,
         baseline_runs=baseline_runs,
-        baseline_holdout=fmean(holdouts[lane.base]) if holdouts[lane.base] else None,
+        baseline_holdout=of_base[0],
+        baseline_whole=of_base[1],
         champion=study.candidate(lane.champion),
         commit=lane.champion_commit,
         value=value,
@@ -253,10 +253,19 @@ def standing(study: Study, slug: str) -> Standing:
         runs=runs,
         delta=delta,
         delta_se=delta_se,
-        holdout=fmean(holdouts[lane.champion]) if holdouts[lane.champion] else None,
+        holdout=of_champion[0],
+        whole=of_champion[1],
         steps=[study.candidate(win.candidate) for win in lane.wins],
         blocked=lane.blocked,
     )
+
+
+def _reported(study: Study, candidate: str) -> tuple[float | None, float | None]:
+    """Means of a candidate on the second held-out split and on the whole set, over the runs that measured them."""
+    runs = [run.measurement for run in study.trials.values() if run.trial.candidate == candidate and run.measurement]
+    holdouts = [run.holdout for run in runs if run.holdout is not None]
+    wholes = [run.whole for run in runs if run.whole is not None]
+    return fmean(holdouts) if holdouts else None, fmean(wholes) if wholes else None
 
 
 def sessions(study: Study) -> list[tuple[float, float]]:

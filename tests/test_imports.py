@@ -48,10 +48,11 @@ TRIAL: dict[str, set[str]] = {
     "telemetry": set(),
     "sampler": {"telemetry"},
     "gauge": set(),
-    "micro_batch": {"common", "errors", "reporter", "telemetry"},
-    "evaluation": {"errors", "reporter", "rows"},
+    "memory": {"common", "errors"},
+    "micro_batch": {"common", "errors", "memory", "reporter", "telemetry"},
+    "evaluation": {"errors", "memory", "reporter", "rows"},
     "run": {"errors", "micro_batch", "reporter", "rows"},
-    "harness": {"errors", "evaluation", "reporter", "rows", "run", "sampler", "telemetry"},
+    "harness": {"errors", "evaluation", "memory", "reporter", "rows", "run", "sampler", "telemetry"},
 }
 
 

@@ -157,6 +157,12 @@ def test_the_summary_names_champion_noise_and_every_step(study: Study) -> None:
     assert "better (±" in cpu
     assert f"{abs(at.delta or 0) / at.noise.sigma:.1f} σ" in cpu
     assert f"Second held-out split (reported, never used to decide): {at.holdout:.4f}, baseline" in cpu
+    assert "Whole evaluation set" not in cpu  # every trial is scored on it
+    gpu = part(text, "## rtx3060-12gb")
+    assert (
+        f"Whole evaluation set (reported; a part of it decides): {tally.standing(study, 'rtx3060-12gb').whole:.4f}"
+        in gpu
+    )
     for step, win in enumerate(study.lane("cpu").wins, start=1):
         assert f"| {step} | `{win.commit[:7]}` | {win.candidate} | -" in cpu
 

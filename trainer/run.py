@@ -50,6 +50,7 @@ class Run:
         reporter: Reporter,
         program_sha256: str,
         at_half: Callable[[torch.nn.Module], None] | None = None,
+        most_tokens: int | None = None,
     ):
         self.device, self.seed = device, seed
         self.vocab_size, self.row_tokens = data.vocab_size, data.row_tokens
@@ -57,6 +58,7 @@ class Run:
         self.progress, self.done = 0.0, False
         self.model: torch.nn.Module | None = None
         self._reporter, self._program_sha256, self._at_half = reporter, program_sha256, at_half
+        self._most_tokens = most_tokens  # at once, whatever the card has: more ran out of memory
         self._stream = TokenStream(data.splits["train"].rows, seed=seed)
         self._ahead: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
         self._violation: Exception | None = None
@@ -99,15 +101,16 @@ class Run:
     ) -> int:
         """How many rows of seq_len tokens to run at once, so that total_tokens is a whole number of such batches.
 
-        On CUDA it predicts the largest that fits and tries a forward and a backward pass, halving when memory runs
-        out; what it finds is remembered in the cache folder. On a CPU it takes what stays in the caches. Random
+        On CUDA it predicts the largest that fits, tries a forward and a backward pass, and goes up or down by what
+        that needed; what it finds is remembered in the cache folder. On a CPU it takes what stays in the caches. Random
         numbers, gradients and buffers are afterwards as they were.
 
         Args:
             model: Its parameters get the trial gradients.
             total_tokens: Tokens of one optimizer step.
             seq_len: Tokens of one row.
-            at_most: An upper limit in rows; has to be a valid answer itself.
+            at_most: An upper limit in rows; has to be a valid answer itself. Default: as many as make 2^17 tokens,
+                above which no card is faster.
             loss: What the training calls with a batch (x, y), compiled or not; default: cross-entropy of model(x).
 
         Raises:
@@ -119,13 +122,25 @@ class Run:
             choices = micro_batch_choices(total_tokens, seq_len, at_most)
         except ContractError as error:
             raise self._violated(error) from None
+        if self._most_tokens is not None:
+            choices = [rows for rows in choices if rows * seq_len <= self._most_tokens] or choices[:1]
         self.model = model
         if self.device.type != "cuda":
-            return max((rows for rows in choices if rows * seq_len <= CPU_MICRO_BATCH_TOKENS), default=1)
-        x, y = self._load(0, choices[-1], seq_len)
-        finder = MicroBatchFinder(model, loss, x, y, self._program_sha256, vocab_size=self.vocab_size)
-        self.record.micro_batch_finder = finder
-        return finder.find(choices)
+            rows = max((rows for rows in choices if rows * seq_len <= CPU_MICRO_BATCH_TOKENS), default=1)
+        else:
+            x, y = self._load(0, choices[-1], seq_len)
+            finder = MicroBatchFinder(model, loss, x, y, self._program_sha256, vocab_size=self.vocab_size)
+            self.record.micro_batch_finder = finder
+            rows = finder.find(choices)
+        self.record.micro_batch = (rows, choices, seq_len)
+        return rows
+
+    def smaller_micro_batch(self) -> int | None:
+        """Tokens at once that are half of what was found, or less; None if that is no choice, or none was asked for."""
+        if self.record.micro_batch is None:
+            return None
+        found, choices, seq_len = self.record.micro_batch
+        return max((rows * seq_len for rows in choices if rows <= found // 2), default=None)
 
     def step(self, loss: torch.Tensor | float) -> None:
         """Ends an optimizer step: reads the clock, notes the loss.
@@ -293,6 +308,7 @@ class TrainingRecord:
     training_s: float = 0.0
     paused_s: float = 0.0
     batch_shape: tuple[int, int] | None = None
+    micro_batch: tuple[int, list[int], int] | None = None  # rows, what else they could have been, tokens of a row
     micro_batch_finder: "MicroBatchFinder | None" = None
 
     def end_step(self, now: float, tokens: int) -> None:
