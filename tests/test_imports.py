@@ -19,7 +19,8 @@ ALLOWED: dict[str, set[str]] = {
     "profile": set(),
     "journal": set(),
     "ratchet": set(),
-    "runner": {"leftovers", "supervisor"},
+    "nursery": {"supervisor"},
+    "runner": {"leftovers", "nursery"},
     "leftovers": set(),
     "supervisor": set(),
     "figure": set(),
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
     "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
-    "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers"},
+    "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers", "nursery"},
     "folder": {"config", "journal", "ratchet"},
 }
 # what a trial is made of may import of the trainer: nothing that prepares data
@@ -49,7 +50,8 @@ TRIAL: dict[str, set[str]] = {
     "micro_batch": {"common", "errors", "reporter", "telemetry"},
     "evaluation": {"errors", "reporter", "rows"},
     "run": {"errors", "micro_batch", "reporter", "rows"},
-    "harness": {"errors", "evaluation", "reporter", "rows", "run", "telemetry"},
+    "harness": {"errors", "evaluation", "reporter", "rows", "run", "telemetry", "waiting"},
+    "waiting": set(),
 }
 
 

@@ -48,6 +48,7 @@ from raysearch.executors import (
     SlotProgress,
 )
 from raysearch.model import Outcome
+from raysearch.nursery import Nursery
 from raysearch.profile import Hardware
 from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
 
@@ -108,6 +109,7 @@ class _Slot:
         self._shares_disk = (Path(plan.folder) / plan.token).exists()
         self._run: tuple[str, int, Run] | None = None
         self._cancelled: set[tuple[str, int]] = set()
+        self._nursery = Nursery()
 
     def describe(self) -> SlotInfo:
         """Finds out what the slot is made of and sees to its data; takes long when data must be made first."""
@@ -146,7 +148,7 @@ class _Slot:
         env = dict(os.environ)
         if self._device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
-        run = Run(spec, out=out, data=self._data, env=env, slot=self._slot_id)
+        run = Run(spec, out=out, data=self._data, env=env, slot=self._slot_id, nursery=self._nursery)
         self._run = (spec.trial_id, spec.attempt, run)
         if (spec.trial_id, spec.attempt) in self._cancelled:  # before it began
             run.cancel()
