@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "journal": set(),
     "ratchet": set(),
     "nursery": {"supervisor"},
+    "compile_cache": {"profile"},
     "runner": {"leftovers", "nursery"},
     "leftovers": set(),
     "supervisor": set(),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
     "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
-    "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers", "nursery"},
+    "executors.ray": {"executors", "compile_cache", "data", "objective", "profile", "runner", "leftovers", "nursery"},
     "folder": {"config", "journal", "ratchet"},
 }
 # what a trial is made of may import of the trainer: nothing that prepares data

@@ -20,6 +20,7 @@ class SlotInfo:
         preset: Name of the preset that its data was prepared for; empty for objectives without presets.
         data: None for objectives without data.
         shares_disk: Whether it sees the study's folder.
+        compile_cache: Kind of its compile cache, which slots of that kind may share; empty if it has none of ours.
     """
 
     id: str
@@ -27,6 +28,7 @@ class SlotInfo:
     preset: str
     data: PreparedData | None
     shares_disk: bool
+    compile_cache: str = ""
 
 
 @dataclass(frozen=True)
