@@ -2,13 +2,17 @@
 
 `python benchmarks/overhead.py` runs a study of a program that sleeps for half a second, and prints what lies between
 two trials on a slot. `python benchmarks/overhead.py --study DIR` does so for any study, with the parts of its trials.
+`python benchmarks/overhead.py --waiting 8` runs short trials of the bundled trainer, by turns started as usual and by a
+process in waiting, and prints the parts of both side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -17,8 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from raysearch import objective, profile
+from raysearch.data import prepare
 from raysearch.journal import Journal
 from raysearch.model import Measurement, Outcome, RatchetMoved, Record, SessionStarted, TrialFinished, TrialStarted
+from raysearch.nursery import Nursery
+from raysearch.runner import Run, RunSpec
 from raysearch.wording import plural
 
 OBJECTIVE = """
@@ -57,7 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--study", type=Path, help="Folder of a study; without it a quick one is run.")
     parser.add_argument("--trials", type=int, default=12, help="Of the quick study.")
+    parser.add_argument("--waiting", type=int, help="Pairs of trials, by turns without and with a process in waiting.")
+    parser.add_argument("--budget-s", type=float, default=4.0, help="Of these.")
     arguments = parser.parse_args()
+    if arguments.waiting:
+        side_by_side(arguments.waiting, arguments.budget_s)
+        return
     if arguments.study:
         show(arguments.study)
         return
@@ -153,6 +166,58 @@ def inside(attempts: Sequence[Attempt]) -> None:
             a.finished_at - a.started_at - a.measurement.training_s for a in attempts
         ]
     table("a trial, s", rows, 3)
+
+
+def side_by_side(pairs: int, budget_s: float) -> None:
+    """Runs trials of the preset that fits this machine, and prints what each of them spent beside its training."""
+    hardware = profile.detect()[0]
+    preset = objective.choose_preset(objective.load_presets(), device=hardware.device, memory_mb=hardware.memory_mb)
+    source = objective.base_program((objective.trainer_folder() / objective.TRAIN_FILE).read_text(), preset)
+    threads = 1 if hardware.device == "cpu" else 0
+    budget = objective.Budget(seconds=budget_s)
+    how = objective.plan_trial(
+        objective.TRAINER, preset, budget, device=hardware.device, threads=threads, holdout=False
+    )
+    spec = RunSpec(
+        trial_id="",
+        attempt=1,
+        study="overhead",
+        session=str(os.getpid()),
+        files={objective.TRAIN_FILE: source},
+        command=how.command,
+        metric="val_bpb",
+        seed=0,
+        startup_limit_s=how.startup_limit_s,
+        total_limit_s=how.total_limit_s,
+        threads=threads,
+        niceness=0,
+    )
+    waiting = how.waiting or (*how.command[:4], "--wait")  # a CPU slot has none otherwise
+    data, nursery = prepare(preset, None).folder, Nursery()
+    found: dict[bool, list[Measurement]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(2 * pairs + 2):
+            served = number % 2 == 1
+            one = dataclasses.replace(spec, trial_id=f"t{number}", waiting=waiting if served else ())
+            run = Run(one, out=Path(folder) / one.trial_id, data=data, env=os.environ, slot="here", nursery=nursery)
+            result = run.wait()
+            if result.measurement is None:
+                raise SystemExit(f"{one.trial_id}: {result.outcome.value}: {result.reason}")
+            if number > 1:  # the first of them fill the caches, and nobody waits for the first one that is served
+                found[served].append(result.measurement)
+    nursery.close()
+    print(f"{hardware.name}, preset {preset.name}, {budget_s:g} s of training\n")
+    for served, title in ((False, "started as usual, s"), (True, "by a process in waiting, s")):
+        overhead(title, found[served])
+
+
+def overhead(title: str, measurements: Sequence[Measurement]) -> None:
+    """Prints the parts of trials without their training."""
+    rows = {part: [m.parts_s.get(part, 0.0) for m in measurements] for part in PARTS if part != "train"}
+    rows = {name: numbers for name, numbers in rows.items() if any(numbers)}
+    rows["process without train"] = [m.wall_s - m.parts_s["train"] for m in measurements]
+    rows["import ahead of the trial"] = [m.facts["import_ahead_seconds"] for m in measurements]
+    table(title, rows, 3)
 
 
 def table(title: str, rows: Mapping[str, Sequence[float]], digits: int) -> None:

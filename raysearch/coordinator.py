@@ -424,6 +424,7 @@ class Coordinator:
             niceness=self._config.slots.niceness,
             out=str(self._folder.trials / trial.id),
             futile_above=trial.futile_above,
+            waiting=how.waiting,
         )
         self._record(TrialStarted(trial, command.attempt, command.slot))
         try:

@@ -98,22 +98,28 @@ class RunPlan:
         command: Argument vector with places left for the worker to fill in.
         startup_limit_s: 0 for none.
         total_limit_s: From the start of the process to its end.
+        waiting: Argument vector of a process that waits for such a trial with all loaded; empty where none pays.
     """
 
     command: tuple[str, ...]
     startup_limit_s: float
     total_limit_s: float
     env: dict[str, str] = field(default_factory=dict[str, str])
+    waiting: tuple[str, ...] = ()
 
+
+_HARNESS = (
+    "{python}",
+    "-P",  # nothing beside the candidate shadows a module of the harness
+    "-m",
+    "trainer.harness",
+)
 
 TRAINER = Objective(
     editable=(TRAIN_FILE,),
     protected=(),
     command=(
-        "{python}",
-        "-P",  # nothing beside the candidate shadows a module of the harness
-        "-m",
-        "trainer.harness",
+        *_HARNESS,
         "--train-file",
         TRAIN_FILE,
         "--data",
@@ -318,4 +324,6 @@ def plan_trial(
     if holdout:
         evaluations += preset.whole_tokens / preset.eval_tokens  # the second split, and what the whole set has more
     total_s = preset.startup_limit_s + training_limit_s + evaluations * preset.evaluation_limit_s
-    return RunPlan(command, preset.startup_limit_s, total_s)
+    # On a CPU slot the import has to be paid from the slot's own cores: while a trial trains, by its steps.
+    waiting = (*_HARNESS, "--wait", "--compiler") if device == "cuda" and command[: len(_HARNESS)] == _HARNESS else ()
+    return RunPlan(command, preset.startup_limit_s, total_s, waiting=waiting)

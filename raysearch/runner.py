@@ -7,25 +7,28 @@ left; `read_result` says what came of it. Neither judges a result.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import select
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from raysearch import leftovers, supervisor
+from raysearch import leftovers
 from raysearch.model import Measurement, Outcome
+from raysearch.nursery import Ahead, Nursery, join, start_supervisor
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 4000
 LOG_BYTES = 2**20  # of an output, the end: what is searched for the metric, and sent to the coordinator
 RETURNED_BYTES = 64 * 2**20  # of any other file that is sent; a longer one is not
 CLOCK_TOLERANCE_S = 5.0
+LOOK_EVERY_S = 0.5
 STUDY_MARK = "RAYSEARCH_STUDY"
 SESSION_MARK = "RAYSEARCH_SESSION"
 SLOT_MARK = "RAYSEARCH_SLOT"
@@ -55,6 +58,8 @@ class RunSpec:
         niceness: Of the trial's processes.
         out: Folder for what the run leaves; empty lets the worker choose one of its own.
         futile_above: As the command says it, for executors that run no command.
+        waiting: Argument vector of a process that loads ahead what such a trial needs, and takes what the command
+            says beyond it by an order; empty for none.
     """
 
     trial_id: str
@@ -71,6 +76,7 @@ class RunSpec:
     niceness: int
     out: str = ""
     futile_above: float | None = None
+    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,9 +106,19 @@ class Run:
         data: Folder of the prepared data, empty if the objective has none.
         env: Environment of the trial beside what is set here on purpose.
         slot: Id of the slot, which runs one trial at a time.
+        nursery: Of the slot: where the trial's process may be waiting already, and the next one's will.
     """
 
-    def __init__(self, spec: RunSpec, *, out: Path, data: str, env: Mapping[str, str], slot: str) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        *,
+        out: Path,
+        data: str,
+        env: Mapping[str, str],
+        slot: str,
+        nursery: Nursery | None = None,
+    ) -> None:
         self._spec, self._out, self._slot = spec, out, slot
         shutil.rmtree(out, ignore_errors=True)
         work = out / "work"
@@ -113,8 +129,11 @@ class Run:
             target.write_text(text)
         places = {"{python}": sys.executable, "{data}": data, "{out}": str(out), "{seed}": str(spec.seed)}
         trial_env = trial_environment(env, spec, slot)
+        command = [_filled(argument, places) for argument in spec.command]
+        waiting = [_filled(argument, places) for argument in spec.waiting]
         order = {
-            "command": [_filled(argument, places) for argument in spec.command],
+            "command": command,
+            "arguments": _beyond(waiting, command),  # for a process in waiting
             "env": trial_env,
             "attempt": spec.attempt,
             "startup_limit_s": spec.startup_limit_s,
@@ -122,35 +141,38 @@ class Run:
             "niceness": spec.niceness,
         }
         (out / "order.json").write_text(json.dumps(order))
-        with (out / "supervisor.log").open("wb") as log:
-            self._starter = subprocess.Popen(
-                [sys.executable, "-I", "-S", supervisor.__file__, str(out)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                env=trial_env,
-            )
+        self._nursery = nursery if waiting else None
+        self._ahead = Ahead(tuple(waiting), trial_env, spec.niceness)
+        taken = self._nursery.take(self._ahead, out) if self._nursery else None
+        self._supervisor = taken or start_supervisor(str(out), env=trial_env, log=out / "supervisor.log")
 
     def wait(self) -> RunResult:
         """Waits for the end and reads the result; LOST if the supervisor itself was killed."""
-        assert self._starter.stdin is not None
-        assert self._starter.stdout is not None
-        self._starter.wait()
-        self._starter.stdout.read()  # nothing is written: it ends with the supervisor
-        self._starter.stdin.close()
-        self._starter.stdout.close()
+        if self._nursery:
+            self._see_to_the_next(self._nursery)
+        join(self._supervisor)
         result = read_result(self._out, metric=self._spec.metric, attempt=self._spec.attempt)
         if result is not None:
             return result
-        sweep(self._spec.study, session=self._spec.session, slot=self._slot)  # nobody has ended the trial's tree
+        # Nobody has ended the trial's tree. A process in waiting goes too: it bears the same marks, and costs seconds.
+        sweep(self._spec.study, session=self._spec.session, slot=self._slot)
         said = log_tail(self._out / "supervisor.log")
         return RunResult(Outcome.LOST, f"its supervisor failed: {said.splitlines()[-1] if said else 'it was killed'}")
 
+    def _see_to_the_next(self, nursery: Nursery) -> None:
+        """Has a process wait for the next trial as soon as this one trains: its start-up is over, and nothing is lost
+        to it on a GPU's machine, where a trial leaves cores free.
+        """
+        assert self._supervisor.stdout is not None
+        while not select.select([self._supervisor.stdout], [], [], LOOK_EVERY_S)[0]:
+            if self.progress().get("phase") == "train":
+                nursery.prepare(self._ahead)
+                return
+
     def cancel(self) -> None:
         """Asks the supervisor to end the trial now; `wait` then returns CANCELLED."""
-        assert self._starter.stdin is not None
-        self._starter.stdin.close()
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()
 
     def progress(self) -> dict[str, Any]:
         """What the program last said of itself (phase, progress 0 to 1, at); empty if nothing."""
@@ -330,6 +352,12 @@ def _filled(argument: str, places: Mapping[str, str]) -> str:
     for place, value in places.items():
         argument = argument.replace(place, value)
     return argument
+
+
+def _beyond(waiting: Sequence[str], command: Sequence[str]) -> list[str]:
+    """What a command says that the process in waiting was not started with."""
+    shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(waiting, command, strict=False))))
+    return list(command[shared:])
 
 
 def _json_or_empty(path: Path) -> dict[str, Any]:

@@ -6,10 +6,15 @@ nothing of this package: it is started for every trial, without site-packages, i
 It is nobody's child, so that what Ray ends together with a slot does not include it. Its standard input is a pipe from
 the slot: when that closes, for whatever reason, the trial is ended. Its standard output is a pipe to the slot: when
 that closes, the supervisor is gone.
+
+`supervisor.py --wait` has a process in waiting: it reads one line of JSON from its standard input, starts the process
+that it describes, and then waits for a second line, the OUT of the one trial that this process becomes. From there on
+it is like any other: a trial's clock begins with its order.
 """
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import resource
@@ -24,6 +29,8 @@ from typing import Any, BinaryIO
 LOG_LIMIT_BYTES = 64 * 2**20
 GRACE_S = 3.0
 LOOK_EVERY_S = 0.5
+WAIT_LIMIT_S = 3600.0  # of a process in waiting: it holds some hundred MB, for the seconds that it saves
+SAID_LIMIT_BYTES = 2**20
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -32,17 +39,84 @@ _libc = ctypes.CDLL(None)
 
 def supervise(out: str) -> None:
     """Runs the trial that `order.json` describes and writes `exit.json` when none of its processes is left."""
-    with open(f"{out}/order.json") as file:
-        order: dict[str, Any] = json.load(file)
+    _take_charge()
+    _run(out, None)
+
+
+def wait_and_supervise() -> None:
+    """Has a process in waiting and supervises the trial that it becomes; ends it if none comes in time."""
+    _take_charge()
+    lines = io.FileIO(0, closefd=False)  # unbuffered: the end of the input has to be seen by `_watch`
+    spare = _Spare(json.loads(lines.readline()))
+    ready, _, _ = select.select([0], [], [], WAIT_LIMIT_S)
+    out = lines.readline().decode().rstrip("\n") if ready else ""
+    if not out:
+        spare.end()
+        return
+    errors = os.open(f"{out}/supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(errors, 2)
+    os.close(errors)
+    _run(out, spare)
+
+
+class _Spare:
+    """A process in waiting, of one trial to come. What it prints before its turn goes into the trial's log."""
+
+    def __init__(self, ahead: Mapping[str, Any]) -> None:
+        self._said = os.memfd_create("said")  # no file that could be left behind
+        self._process: subprocess.Popen[bytes] | None = None
+        with contextlib.suppress(OSError):  # then the trial is started as without it, and says why it cannot be
+            self._process = _spawn(
+                ahead["command"],
+                cwd="/",
+                env=ahead["env"],
+                niceness=ahead["niceness"],
+                stdin=subprocess.PIPE,
+                stdout=self._said,
+            )
+
+    def become(
+        self, order: Mapping[str, Any], out: str, log: BinaryIO, env: Mapping[str, str]
+    ) -> subprocess.Popen[bytes] | None:
+        """Hands the trial over; None if the process is gone."""
+        process = self._process
+        if process is None:
+            return None
+        assert process.stdin is not None
+        log.write(os.pread(self._said, SAID_LIMIT_BYTES, 0))
+        log.flush()
+        told = {"arguments": order["arguments"], "folder": f"{out}/work", "log": f"{out}/run.log", "environment": env}
+        try:
+            if process.poll() is None:
+                process.stdin.write(json.dumps(told).encode() + b"\n")
+                process.stdin.close()
+                return process
+        except BrokenPipeError:
+            pass
+        self.end()
+        return None
+
+    def end(self) -> None:
+        """Ends it with all that it has started."""
+        if self._process is not None:
+            _end_all(self._process)
+
+
+def _take_charge() -> None:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # a grandchild that daemonises comes back to us
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the pipe says when to stop
+
+
+def _run(out: str, spare: _Spare | None) -> None:
+    with open(f"{out}/order.json") as file:
+        order: dict[str, Any] = json.load(file)
     started = time.monotonic()
     found: dict[str, Any] = {"attempt": order["attempt"], "code": None, "ended": "", "reason": ""}
     found["spawned_at"] = time.time()
     with open(f"{out}/run.log", "wb") as log:
         try:
-            process = _start(order, out, log, found["spawned_at"])
+            process = _start(order, out, log, spare, found["spawned_at"])
         except OSError as error:
             found |= {"ended": "lost", "reason": f"it could not be started: {error}"}
         else:
@@ -55,16 +129,35 @@ def supervise(out: str) -> None:
     os.replace(f"{out}/exit.json.tmp", f"{out}/exit.json")
 
 
-def _start(order: Mapping[str, Any], out: str, log: BinaryIO, spawned_at: float) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+def _start(
+    order: Mapping[str, Any], out: str, log: BinaryIO, spare: _Spare | None, spawned_at: float
+) -> subprocess.Popen[bytes]:
+    """Hands the trial to the process in waiting, or starts one where there is none any more."""
+    own = {"RAYSEARCH_SPAWNED_AT": repr(spawned_at)}
+    if spare and (process := spare.become(order, out, log, own)):
+        return process
+    return _spawn(
         order["command"],
         cwd=f"{out}/work",
-        env={**order["env"], "RAYSEARCH_SPAWNED_AT": repr(spawned_at)},
+        env={**order["env"], **own},
+        niceness=order["niceness"],
         stdin=subprocess.DEVNULL,
         stdout=log,
+    )
+
+
+def _spawn(
+    command: list[str], *, cwd: str, env: Mapping[str, str], niceness: int, stdin: int, stdout: int | BinaryIO
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=env,
+        stdin=stdin,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=lambda: _in_child(order["niceness"]),  # noqa: PLW1509 - this process has one thread
+        preexec_fn=lambda: _in_child(niceness),  # noqa: PLW1509 - this process has one thread
     )
 
 
@@ -157,4 +250,7 @@ def _children() -> list[int]:
 if __name__ == "__main__":
     if os.fork():
         os._exit(0)
-    supervise(sys.argv[1])
+    if sys.argv[1] == "--wait":
+        wait_and_supervise()
+    else:
+        supervise(sys.argv[1])

@@ -19,7 +19,9 @@ ALLOWED: dict[str, set[str]] = {
     "profile": set(),
     "journal": set(),
     "ratchet": set(),
-    "runner": {"leftovers", "supervisor"},
+    "nursery": {"supervisor"},
+    "compile_cache": {"profile"},
+    "runner": {"leftovers", "nursery"},
     "leftovers": set(),
     "supervisor": set(),
     "figure": set(),
@@ -36,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
     "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
-    "executors.ray": {"executors", "data", "objective", "profile", "runner", "leftovers"},
+    "executors.ray": {"executors", "compile_cache", "data", "objective", "profile", "runner", "leftovers", "nursery"},
     "folder": {"config", "journal", "ratchet"},
 }
 # what a trial is made of may import of the trainer: nothing that prepares data
@@ -52,7 +54,8 @@ TRIAL: dict[str, set[str]] = {
     "micro_batch": {"common", "errors", "memory", "reporter", "telemetry"},
     "evaluation": {"errors", "memory", "reporter", "rows"},
     "run": {"errors", "micro_batch", "reporter", "rows"},
-    "harness": {"errors", "evaluation", "memory", "reporter", "rows", "run", "sampler", "telemetry"},
+    "harness": {"errors", "evaluation", "memory", "reporter", "rows", "run", "sampler", "telemetry", "waiting"},
+    "waiting": set(),
 }
 
 

@@ -14,6 +14,8 @@ import ctypes
 import os
 import sys
 
+from trainer import waiting
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line; a mistake in it is one line on stderr and exit code 2."""
@@ -23,6 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise SystemExit(_fail(f"{message}; see python -m trainer.harness --help"))
 
     parser = Parser(prog="python -m trainer.harness", description="Trains train.py within a budget and scores it.")
+    parser.epilog = waiting.HELP
     parser.add_argument("--train-file", required=True, help="the candidate: a program that defines train(run)")
     parser.add_argument("--data", required=True, help="folder made by python -m trainer.prepare")
     parser.add_argument(
@@ -110,8 +113,9 @@ def _keep_freed_memory() -> None:
 
 _ARGUMENTS = None
 if __name__ == "__main__":
-    _ARGUMENTS = parse(sys.argv[1:])  # before torch: a typing error should not cost two seconds
-    if _ARGUMENTS.threads:
+    if not waiting.wanted(sys.argv[1:]):
+        _ARGUMENTS = parse(sys.argv[1:])  # before torch: a typing error should not cost two seconds
+    if _ARGUMENTS and _ARGUMENTS.threads:
         # OpenMP reads these once, when torch is loaded; threads that spin while they wait steal from the other slots
         os.environ.update({name: str(_ARGUMENTS.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -149,7 +153,7 @@ from trainer.telemetry import (
     spawned_at,
 )
 
-_IMPORTED_AT = _wall_clock()
+_LOADED_AT = _IMPORTED_AT = _wall_clock()
 
 OOM_RETRIES = 3
 OOM_LOST_SHARE = 0.25  # of the budget, spent in trainings that ran out of memory: a trial's limit leaves time for half
@@ -203,7 +207,10 @@ class Trial:
             ) from None
         self.program_sha256 = hashlib.sha256(program).hexdigest()
         self.run = self._new_run()
-        self.seconds = {"start": _FIRST_LINE_AT - spawned_at(_FIRST_LINE_AT), "import": _IMPORTED_AT - _FIRST_LINE_AT}
+        spawned = spawned_at(_FIRST_LINE_AT)
+        began = max(_FIRST_LINE_AT, spawned)  # a process in waiting had its first line before the trial began
+        self.seconds = {"start": began - spawned, "import": _IMPORTED_AT - began}
+        self.import_ahead_s = min(_LOADED_AT, began) - _FIRST_LINE_AT
         self.seconds["data"] = _clock() - created
         self.result: dict[str, Any] = {"outcome": "crashed", "reason": "", "val_bpb": None, "holdout_bpb": None}
         self.result |= {"halfway_bpb": None, "whole_bpb": None, "oom_retries": 0}
@@ -393,6 +400,7 @@ class Trial:
             "micro_batch_rows": record.batch_shape[0] if record.batch_shape else None,
             "micro_batch_probes": record.micro_batch_finder.probes if record.micro_batch_finder else 0,
             "seed": self.arguments.seed,
+            "import_ahead_seconds": round(self.import_ahead_s, 3),  # spent before the trial began
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         self.reporter.phase("done", 1.0)
@@ -457,7 +465,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    assert _ARGUMENTS is not None
+    if _ARGUMENTS is None:
+        waiting.load(sys.argv[1:])
+        _LOADED_AT = _wall_clock()
+        _ARGUMENTS = parse(waiting.take_order())
+        _IMPORTED_AT = _wall_clock()
     sys.dont_write_bytecode = True  # the candidate's folder is somebody's git work tree
     # without the interpreter's teardown, which takes a quarter of a second with torch loaded
     code = main(_ARGUMENTS)

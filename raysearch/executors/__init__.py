@@ -34,6 +34,7 @@ class SlotInfo:
         data: None for objectives without data.
         shares_disk: Whether it sees the study's folder.
         speed: None where it was not measured: for objectives without presets, or because that failed.
+        compile_cache: Kind of its compile cache, which slots of that kind may share; empty if it has none of ours.
     """
 
     id: str
@@ -42,6 +43,7 @@ class SlotInfo:
     data: PreparedData | None
     shares_disk: bool
     speed: Speed | None = None
+    compile_cache: str = ""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysearch import leftovers, objective, profile
+from raysearch.compile_cache import PIECE_BYTES, Archive, CompileCache, open_cache
 from raysearch.data import prepare
 from raysearch.errors import UserError
 from raysearch.executors import (
@@ -49,6 +50,7 @@ from raysearch.executors import (
     Speed,
 )
 from raysearch.model import Outcome
+from raysearch.nursery import Nursery
 from raysearch.profile import Hardware
 from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
 
@@ -60,6 +62,9 @@ REACH_LIMIT_S = 5.0
 GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
 MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
+GIVE_LIMIT_S = 120.0
+MAX_GIVERS = 3
+PARCEL_S = 600.0  # how long a packed cache is good for others who ask
 CLOSE_LIMIT_S = 10.0  # supervisors end their trees within their grace periods, which are shorter
 LONGEST_FOLDER = 40  # Ray puts sockets into it, under names of 63 to 67 characters, and a socket's path has at most 107
 
@@ -113,6 +118,9 @@ class _Slot:
         self._shares_disk = (Path(plan.folder) / plan.token).exists()
         self._run: tuple[str, int, Run] | None = None
         self._cancelled: set[tuple[str, int]] = set()
+        self._nursery = Nursery()
+        self._cache: CompileCache | None = None
+        self._parcel: Archive | None = None
 
     def describe(self) -> SlotInfo:
         """Finds out what the slot is made of and sees to its data; takes long when data must be made first."""
@@ -130,8 +138,10 @@ class _Slot:
             preset = chosen.name
             data = prepare(chosen, self._plan.datasets.get(preset) or self._plan.dataset or None)
             self._data = data.folder
+            self._cache = open_cache(hardware, os.environ)
             self._speed = gauged(self._device, self._threads)  # last: making data is work for the CPU
-        return SlotInfo(self._slot_id, hardware, preset, data, self._shares_disk, self._speed)
+        kind = self._cache.key if self._cache else ""
+        return SlotInfo(self._slot_id, hardware, preset, data, self._shares_disk, self._speed, kind)
 
     def _hardware(self) -> Hardware:
         if self._device == "cpu":
@@ -154,14 +164,17 @@ class _Slot:
             env["CUDA_VISIBLE_DEVICES"] = ""
         if self._speed is not None:
             env[MATMUL_MARK] = repr(self._speed.matmul_tflops)
-        run = Run(spec, out=out, data=self._data, env=env, slot=self._slot_id)
-        self._run = (spec.trial_id, spec.attempt, run)
-        if (spec.trial_id, spec.attempt) in self._cancelled:  # before it began
-            run.cancel()
-        try:
-            result = run.wait()
-        finally:
-            self._run = None
+        if self._cache:
+            env |= self._cache.environment()
+        with self._cache.in_use() if self._cache else contextlib.nullcontext():
+            run = Run(spec, out=out, data=self._data, env=env, slot=self._slot_id, nursery=self._nursery)
+            self._run = (spec.trial_id, spec.attempt, run)
+            if (spec.trial_id, spec.attempt) in self._cancelled:  # before it began
+                run.cancel()
+            try:
+                result = run.wait()
+            finally:
+                self._run = None
         if self._shares_disk:
             return result
         files = returned_files(out)
@@ -179,6 +192,42 @@ class _Slot:
         current = self._run
         if current and current[:2] == (trial_id, attempt):
             current[2].cancel()
+
+    # ---- the compile cache on its way to a worker that has none; in threads of their own, beside a trial ----
+
+    def pack_cache(self) -> tuple[int, str] | None:
+        """Packs the cache for other slots; says its size in bytes and its hash. Several may come at the same time."""
+        if self._cache and (self._parcel is None or self._parcel.packed_at < time.time() - PARCEL_S):
+            if self._parcel:
+                self._parcel.file.close()
+            self._parcel = self._cache.pack()
+        return (self._parcel.size_bytes, self._parcel.sha256) if self._parcel else None
+
+    def cache_piece(self, sha256: str, offset: int) -> bytes:
+        """A piece of what was packed; nothing if it was packed anew meanwhile."""
+        return self._parcel.piece(offset) if self._parcel and self._parcel.sha256 == sha256 else b""
+
+    def fetch_cache(self, givers: list[Any]) -> str:
+        """Fills an empty cache from one of the slots that are asked in turn; says what came of it."""
+        if self._cache is None:
+            return ""
+        said = "none has one"
+        with self._cache.to_be_filled() as wanted:
+            for giver in givers if wanted else ():
+                try:
+                    size_bytes, sha256 = _asked(giver.pack_cache) or (0, "")
+                    if size_bytes:
+                        offsets = range(0, size_bytes, PIECE_BYTES)
+                        self._cache.receive((_asked(giver.cache_piece, sha256, at) for at in offsets), sha256)
+                        return f"{size_bytes} bytes"
+                except (RayError, UserError, OSError) as error:  # trials compile for themselves, as without it
+                    said = _said(error)
+        return said if wanted else "not wanted"
+
+
+def _asked(method: Any, *arguments: Any) -> Any:
+    """What another slot says; it has a thread for that."""
+    return ray.get(method.options(concurrency_group="give").remote(*arguments), timeout=GIVE_LIMIT_S)
 
 
 def gauged(device: str, threads: int) -> Speed | None:
@@ -286,7 +335,7 @@ class RayExecutor:
         else:
             _join(address)
         remote: Any = ray.remote
-        self._slot_class = remote(concurrency_groups={"control": 2})(_Slot)
+        self._slot_class = remote(concurrency_groups={"control": 2, "give": 1, "fetch": 1})(_Slot)
 
     # ---- the protocol ----
 
@@ -428,12 +477,28 @@ class RayExecutor:
             return self._raised(method, actor, _said(getattr(error, "cause", None) or error))
         if method == "describe":
             actor.slot = value
+            self._share_cache(actor, value.compile_cache)
             return [SlotJoined(value)]
         if method == "run":
             return self._ended(actor, value)
-        if not value or actor.slot is None or actor.running is None:
+        if method != "progress" or not value or actor.slot is None or actor.running is None:
             return []
         return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
+
+    def _share_cache(self, actor: _Actor, kind: str) -> None:
+        """Has a new slot ask other nodes for the compile cache of its kind, and they it; nobody waits for that."""
+        joined = [other for other in self._actors.values() if other.slot and kind and other.slot.compile_cache == kind]
+        others = {other.node: other for other in joined if other.node != actor.node}
+        if not others or any(other.node == actor.node for other in joined if other is not actor):
+            return  # slots of one machine have one cache
+        self._have_fetched(actor, list(others.values())[:MAX_GIVERS])
+        for other in others.values():
+            self._have_fetched(other, [actor])
+
+    def _have_fetched(self, actor: _Actor, givers: list[_Actor]) -> None:
+        handles = [giver.handle for giver in givers]
+        ref = actor.handle.fetch_cache.options(concurrency_group="fetch").remote(handles)
+        self._pending[ref] = ("fetch", actor)
 
     def _ended(self, actor: _Actor, result: RunResult) -> list[Report]:
         spec, actor.running = actor.running, None
