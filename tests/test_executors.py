@@ -77,7 +77,7 @@ class Bench:
         plain = RunSpec(
             trial_id=trial_id,
             attempt=1,
-            study="study",
+            study=f"study-{os.getpid()}",
             session=self.session,
             files={"train.py": PROGRAM.replace('"ok"', f'"{kind}"', 1)},
             command=("{python}", "train.py"),

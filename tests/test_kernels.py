@@ -21,8 +21,11 @@ SHAPES = [  # knobs, rows, tokens of a row
 ERROR = 8e-3  # bfloat16 has 8 bits: 2^-9 a rounding, and a few of them
 
 
-def error(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+def error(got: Tensor | None, wanted: Tensor | None) -> float:
+    assert got is not None
+    assert wanted is not None
+    with torch.no_grad():
+        return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 @pytest.fixture(params=range(len(SHAPES)), ids=lambda i: str(SHAPES[i][0]["MODEL_DIM"]))
@@ -80,6 +83,34 @@ def test_the_fused_mlp_is_the_plain_one(case: tuple[ModuleType, int, int]):
     assert error(got, wanted) < ERROR
     for ours, theirs in [(h, h64), (up, up64), (down, down64)]:
         assert error(ours.grad, theirs.grad) < ERROR
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_fused_norm_is_the_plain_one(case: tuple[ModuleType, int, int], adds: bool, mixes: bool):
+    module, B, T = case
+    C, head = module.WIDTH, 32 if mixes else 0
+    x, other, x0 = randn(B, T, C), randn(B, T, C) if adds else None, randn(B, T, C) if mixes else None
+    keep, add = (randn(1, dtype=torch.float32).detach()[0].requires_grad_() if mixes else None for _ in range(2))
+    ours = [t for t in (x, other, x0, keep, add) if t is not None]
+    theirs = iter(doubles(*ours))
+    plain = [None if t is None else next(theirs) for t in (x, other, x0, keep, add)]
+    grads = [torch.randn(B, T, C, device=CUDA).bfloat16() for _ in range(4)]
+
+    def total(y: Tensor, h: Tensor, some: Tensor | None, passed: Tensor | None) -> Tensor:
+        sums = [(y * grads[0]).sum(), (h * grads[1]).sum()]
+        sums += [(some * grads[2][..., :head]).sum()] if head and some is not None else []
+        sums += [(passed * grads[3]).sum()] if passed is not None else []
+        return torch.stack([one.double() for one in sums]).sum()
+
+    got = module.add_norm(x, other, x0, keep, add, head)
+    total(got[0], got[1], got[2], got[3]).backward()
+    wanted = module.plain_add_norm(*plain)
+    total(wanted[0], wanted[1], wanted[1][..., :head], plain[2]).backward()
+    assert error(got[0], wanted[0]) < ERROR
+    assert error(got[1], wanted[1]) < ERROR
+    for one, other_one in zip(ours, (t for t in plain if t is not None), strict=True):
+        assert error(one.grad, other_one.grad) < ERROR
 
 
 @pytest.mark.parametrize("window", [1, 2, 8])  # over the row's length

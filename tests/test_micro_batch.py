@@ -72,10 +72,10 @@ def test_after_the_last_probe_the_answer_is_half_of_what_did_not_fit():
     assert card.tried == [256, 128, 64]
 
 
-def test_more_than_2_to_the_17_tokens_at_once_are_tried_when_a_program_asks_for_them_alone():
-    assert micro_batch_choices(2**19, 2048)[-1] * 2048 == MOST_TOKENS == 2**17
-    assert micro_batch_choices(2**19, 2048, 256)[-1] == 256
-    assert micro_batch_choices(2**19, 2**18) == [1]
+def test_more_than_2_to_the_19_tokens_at_once_are_tried_when_a_program_asks_for_them_alone():
+    assert micro_batch_choices(2**21, 2048)[-1] * 2048 == MOST_TOKENS == 2**19
+    assert micro_batch_choices(2**21, 2048, 1024)[-1] == 1024
+    assert micro_batch_choices(2**21, 2**20) == [1]
 
 
 # ---- on a GPU ----
