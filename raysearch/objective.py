@@ -324,6 +324,6 @@ def plan_trial(
     if holdout:
         evaluations += preset.whole_tokens / preset.eval_tokens  # the second split, and what the whole set has more
     total_s = preset.startup_limit_s + training_limit_s + evaluations * preset.evaluation_limit_s
-    # On a CPU slot the import has to be paid from the slot's own cores: while a trial trains, by its steps.
+    # On a CPU slot the trial that trains would pay for the import: a tenth of its tokens in 10 s, to save one second.
     waiting = (*_HARNESS, "--wait", "--compiler") if device == "cuda" and command[: len(_HARNESS)] == _HARNESS else ()
     return RunPlan(command, preset.startup_limit_s, total_s, waiting=waiting)

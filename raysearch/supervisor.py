@@ -94,6 +94,8 @@ class _Spare:
         except BrokenPipeError:
             pass
         self.end()
+        log.write(f"(a process in waiting was gone, exit code {process.returncode}: started anew)\n".encode())
+        log.flush()
         return None
 
     def end(self) -> None:

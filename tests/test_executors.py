@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from toy import Clock, ToyExecutor
+from trainer_kit import TINY, make_data, program
 
 from raysearch import leftovers
 from raysearch.errors import UserError
@@ -21,6 +22,7 @@ from raysearch.executors import Executor, Report, RunEnded, SlotInfo, SlotJoined
 from raysearch.executors.ray import RayExecutor, SlotPlan, gauged
 from raysearch.knobs import Value
 from raysearch.model import Measurement, Outcome
+from raysearch.objective import TRAINER
 from raysearch.runner import SESSION_MARK, RunResult, RunSpec
 
 PROGRAM = """
@@ -336,6 +338,38 @@ def test_a_slot_that_does_not_see_the_folder_sends_the_files(ray_slots: Bench):
     assert result.outcome is Outcome.MEASURED
     assert result.files["run.log"] == b"score: 0.5\n"
     assert not (ray_slots.folder / "trials/far").exists()
+
+
+def in_waiting(bench: Bench) -> list[psutil.Process]:
+    """Processes in waiting, without their supervisors."""
+    return [process for process in bench.processes() if cwd(process) == "/" and "trainer.harness" in process.cmdline()]
+
+
+def test_a_slot_has_a_process_wait_and_takes_it_along_when_it_is_killed(ray_slots: Bench, tmp_path: Path):
+    """What is left here waits while the next test closes the executor."""
+    slot, data = next(iter(ray_slots.slots)), str(make_data(tmp_path / "data"))
+
+    def spec(trial_id: str, budget_s: str) -> RunSpec:
+        command = tuple(data if argument == "{data}" else argument for argument in TRAINER.command)
+        return ray_slots.spec(
+            trial_id,
+            files={"train.py": program(**TINY)},
+            command=(*command, "--budget-s", budget_s, "--device", "cpu", "--threads", "1"),
+            metric="val_bpb",
+            waiting=(*TRAINER.command[:4], "--wait"),
+        )
+
+    ray_slots.executor.start(slot, spec("trains", "20"))
+    ray_slots.until(lambda: in_waiting(ray_slots))
+    kill_slots(ray_slots)
+    assert ray_slots.ended("trains").outcome is Outcome.LOST
+    ray_slots.until(lambda: len(ray_slots.slots) == 2 and not in_waiting(ray_slots))
+    for trial_id in ("first", "served"):
+        ray_slots.executor.start(slot, spec(trial_id, "2"))
+        result = ray_slots.ended(trial_id)
+        assert result.measurement is not None, result
+        assert (result.measurement.facts["import_ahead_seconds"] > 0) == (trial_id == "served")
+    assert len(in_waiting(ray_slots)) == 1
 
 
 def test_close_ends_runs_in_flight_and_leaves_nothing(ray_slots: Bench):

@@ -184,6 +184,8 @@ def test_a_process_in_waiting_that_died_costs_no_trial(bench: Bench, victim: str
     wait_until(lambda: not spare.is_running() or spare.status() == psutil.STATUS_ZOMBIE)
     assert bench.run(bench.spec("served")).outcome is Outcome.MEASURED
     assert bench.result("served")["import_ahead_seconds"] == 0
+    said = (bench.folder / "served/run.log").read_text()
+    assert ("gone, exit code -9" in said) == (victim == "process")
 
 
 def test_a_process_in_waiting_that_cannot_be_started_leaves_the_word_to_the_trial(bench: Bench):
