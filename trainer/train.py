@@ -769,7 +769,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Maps tokens (B, T) to float32 logits (B, T, V), or to a loss."""
-        T = tokens.size(1)
+        T, tokens = tokens.size(1), tokens.contiguous()  # the kernels read them one after the other
         if T not in self.rotaries:
             self.rotaries[T] = self.rotary(T, tokens.device)
         x = x0 = embed(tokens, self.embed.weight, self.dtype)
