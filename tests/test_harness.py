@@ -242,6 +242,52 @@ def test_a_candidate_that_replaces_the_clock_gains_no_time(data: Path, tmp_path:
     assert real() - started < 10
 
 
+# ---- waiting for the step before the last one, as on CUDA ----
+
+
+def lagging(source: str) -> str:
+    """The program, with a harness that waits for the step before, whatever the device."""
+    assert source.count("    model = build(run)\n") == 1
+    return source.replace("    model = build(run)\n", "    run._lags = True\n    model = build(run)\n")
+
+
+def test_a_step_in_flight_changes_neither_score_nor_count(data: Path, tmp_path: Path):
+    plain = run_harness(BIGRAM, data, tmp_path / "plain", "--slice-tokens", "128")
+    ran = run_harness(registered(lagging(BIGRAM)), data, tmp_path / "lagging", "--slice-tokens", "128")
+    assert ran.result["val_bpb"] == plain.result["val_bpb"]
+    for name in ("num_steps", "total_tokens"):
+        assert ran.result[name] == plain.result[name]
+    curve = [json.loads(line) for line in (ran.out / "curve.jsonl").read_text().splitlines()]
+    assert (curve[-1]["step"], curve[-1]["progress"]) == (ran.result["num_steps"], 1)
+
+
+def test_steps_in_flight_are_within_the_budget(data: Path, tmp_path: Path):
+    slow = lagging(BIGRAM).replace("    while not run.done:\n", "    while not run.done:\n        time.sleep(0.05)\n")
+    ran = run_harness(slow, data, tmp_path, "--budget-s", "0.5")
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+    assert ran.result["training_seconds"] == pytest.approx(0.5, abs=0.15)
+    steps, tokens_per_s = ran.result["num_steps"], ran.result["tokens_per_s"]
+    assert tokens_per_s * ran.result["training_seconds"] == pytest.approx((steps - 1) * 256, rel=0.01)
+
+
+def test_a_loss_that_is_not_finite_is_noticed_a_step_later_and_at_the_end(data: Path, tmp_path: Path):
+    for step, seen in [(3, 3), (8192 // 256, 8192 // 256)]:
+        source = lagging(BIGRAM).replace(
+            "        run.step(loss)\n",
+            f"        run.step(loss * float('nan') if run.record.tokens == {step * 256} else loss)\n",
+        )
+        ran = run_harness(source, data, tmp_path / str(step), "--budget-tokens", "8192")
+        assert ran.result["outcome"] == "crashed"
+        assert ran.result["reason"] == f"loss is not finite at step {seen}"
+
+
+def test_a_program_that_stops_before_its_time_has_its_last_step_counted(data: Path, tmp_path: Path):
+    early = lagging(BIGRAM).replace("while not run.done:", "for _ in range(5):")
+    ran = run_harness(early, data, tmp_path, "--budget-tokens", "8192")
+    assert ran.result["outcome"] == "measured", ran.result["reason"]
+    assert (ran.result["num_steps"], ran.result["total_tokens"]) == (5, 5 * 256)
+
+
 # ---- half of the budget ----
 
 # registers its model, draws random numbers in every step, counts its calls, and prints its losses

@@ -63,6 +63,7 @@ class Run:
         self._ahead: tuple[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
         self._violation: Exception | None = None
         self._flight: _Flight | None = None
+        self._lags = device.type == "cuda"  # waits for the step before the last one
         self._tokens_at_call = 0
         self.record = TrainingRecord()
 
@@ -168,7 +169,7 @@ class Run:
             key = (record.tokens, *record.batch_shape)
             self._ahead = (key, self._load(*key))  # while the device still works
         self._land(before)
-        if self.device.type != "cuda" or record.steps < 2:
+        if not self._lags or record.steps < 2:
             self._settle()
         self._spend()
         if self.done:

@@ -105,7 +105,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 # The parts of a layer, as plain functions of (B, T, …) tensors
 # ----------------------------------------------------------------------------------------------------------------------
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # the kernels below have it too
 
 
 def norm(x: Tensor) -> Tensor:
@@ -438,13 +438,15 @@ class FusedAddNorm(torch.autograd.Function):
         """With y = keep · x + add · x0, sums over x are had from those over y and x0, without reading x again."""
         out, x0, keep, add = ctx.saved_tensors
         grad_out, grad_h, grad_some = (g if g is None else g.contiguous() for g in (grad_out, grad_h, grad_some))
-        rows, mixes = out.numel() // out.size(-1), ctx.sizes["MIXES"]
+        grad_h = torch.zeros_like(out) if grad_h is None else grad_h  # an edit may leave one of them without use
+        sizes = ctx.sizes | {"HEAD": 0 if grad_some is None else ctx.sizes["HEAD"]}
+        rows, mixes = out.numel() // out.size(-1), sizes["MIXES"]
         grad_x = torch.empty_like(out)
         sums = torch.empty(*ctx.grid, 2, device=out.device) if mixes else None
         new_grad_x0 = (torch.empty_like(out) if grad_x0 is None else grad_x0) if mixes else None
         add_norm_backward_kernel[ctx.grid](
             grad_out, grad_h, grad_some, grad_x0, out, x0, keep, add, grad_x, new_grad_x0, sums, rows,
-            HAS_OUT=grad_out is not None, HAS_X0=grad_x0 is not None, **ctx.sizes,
+            HAS_OUT=grad_out is not None, HAS_X0=grad_x0 is not None, **sizes,
         )  # fmt: skip
         grad_other = grad_x if ctx.adds else None
         if sums is None:
