@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysearch import schedule, tally
+from raysearch.health import THROTTLED_SHARE, is_throttled
 from raysearch.model import (
     Judged,
     Measurement,
@@ -255,7 +256,9 @@ def _told_end(event: TrialFinished, metric: str) -> str:
 
 def _took(measured: Measurement) -> str:
     training = f"{measured.training_s:.1f} s of training in " if measured.training_s else ""
-    return f", {training}{measured.wall_s:.1f} s"
+    share = 100 * measured.facts.get(THROTTLED_SHARE, 0.0)
+    throttled = f", throttled for {share:.0f} % of the training" if is_throttled(measured) else ""
+    return f", {training}{measured.wall_s:.1f} s{throttled}"
 
 
 def _told_move(study: Study, event: RatchetMoved, metric: str) -> str:

@@ -322,6 +322,7 @@ class Coordinator:
             delta_se=state.delta_se,
             n=state.pairs,
             holdout=self._study.holdout(proposal.id),
+            whole=self._study.whole(proposal.id),
             proposer=proposal.proposer,
             cost_usd=proposal.cost_usd,
         )
@@ -542,7 +543,9 @@ class Coordinator:
         self._slots[slot.id] = slot
         self._profile_of[slot.id] = known.profile.slug
         self._places = None
-        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}")
+        speed = slot.speed
+        measured = f", matmul {speed.matmul_tflops:.3g} TFLOPS, copy {speed.copy_gb_per_s:.0f} GB/s" if speed else ""
+        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}{measured}")
 
     def _profile(self, slot: SlotInfo) -> Profile:
         hardware, preset = slot.hardware, self._presets.get(slot.preset)
@@ -550,7 +553,7 @@ class Coordinator:
         data, evaluation = "", ""
         if slot.data and preset:
             data = f"{slot.data.dataset}-v{preset.vocab_size}-t{preset.row_tokens} {slot.data.manifest_sha256[:12]}"
-            evaluation = f"{slot.data.evaluation_version}-{preset.eval_tokens}"
+            evaluation = f"{slot.data.evaluation_version}-{objective.evaluation_sizes(preset)}"
         return Profile(
             slug="",
             device=hardware.device,

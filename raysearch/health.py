@@ -21,6 +21,8 @@ SURE = 3.0  # standard deviations of one run's speed
 JUMPS = 12  # from one comparison of a slot to its next, before it is known how uneven runs are by themselves
 SURE_VALUE = 4.5  # standard errors of the mean difference of the metric
 SPEED = "tokens_per_s"
+HOT = 3  # throttled trials in a row, after which a slot is suspected
+THROTTLED, THROTTLED_SHARE = "throttled", "throttled_share"  # 1 of a trial so marked; share of its training
 PROGRAMS = 1000  # remembered, the latest ones
 
 
@@ -52,6 +54,30 @@ class Suspicion:
 
 
 @dataclass
+class Heat:
+    """How often a slot was throttled, as far as its trials say.
+
+    Attributes:
+        trials: How many say whether they were.
+        share: Sum of the shares of their training for which they were.
+        throttled: Those that are marked, oldest first.
+    """
+
+    trials: int = 0
+    share: float = 0.0
+    throttled: list[str] = field(default_factory=list[str])
+
+    def add(self, trial: str, measured: Measurement) -> None:
+        """Takes in a run; one that does not say counts for nothing."""
+        if THROTTLED_SHARE not in measured.facts:
+            return
+        self.trials += 1
+        self.share += measured.facts[THROTTLED_SHARE]
+        if is_throttled(measured):
+            self.throttled.append(trial)
+
+
+@dataclass
 class Jumps:
     """How much one run differs from the next on the same slot: does not see what a slot does all the time."""
 
@@ -76,6 +102,7 @@ class Health:
         runs: Of each program: slot, metric, log(tokens a second).
         recent: Comparisons of each slot, the latest last.
         changed: Slots with a new comparison.
+        heat: The latest trials of each slot that say whether they were throttled, and what they say.
         speed_jumps: Differences of log_speed between successive comparisons of a slot.
         value_jumps: Likewise, of the metric.
     """
@@ -85,11 +112,17 @@ class Health:
     )
     recent: dict[str, deque[Comparison]] = field(default_factory=dict[str, deque[Comparison]])
     changed: set[str] = field(default_factory=set[str], compare=False)
+    heat: dict[str, deque[tuple[str, bool]]] = field(default_factory=dict[str, deque[tuple[str, bool]]])
     speed_jumps: Jumps = field(default_factory=Jumps)
     value_jumps: Jumps = field(default_factory=Jumps)
 
     def add(self, slot: str, trial: str, program: str, measured: Measurement) -> None:
         """Takes in a run."""
+        if THROTTLED_SHARE in measured.facts:
+            hot = is_throttled(measured)
+            self.heat.setdefault(slot, deque(maxlen=HOT)).append((trial, hot))
+            if hot:
+                self.changed.add(slot)
         speed = measured.facts.get(SPEED, 0.0)
         log_speed = math.log(speed) if speed > 0 else None
         runs = self.runs.setdefault(program, [])
@@ -130,6 +163,7 @@ class Health:
         """Starts anew without what a slot has said: it is no measure for the others either."""
         for program, runs in self.runs.items():
             self.runs[program] = [run for run in runs if run[0] != slot]
+        self.heat.pop(slot, None)
         self.recent.clear()
         self.changed.clear()
 
@@ -140,6 +174,9 @@ class Health:
         return [one for one in found if one is not None]
 
     def _suspect(self, slot: str, sigma: float) -> Suspicion | None:
+        hot = self._overheated(slot)
+        if hot is not None:
+            return hot
         recent = self.recent.get(slot, deque())
         trials = tuple(dict.fromkeys(one.trial for one in recent))
         speeds = [one.log_speed for one in recent if one.log_speed is not None][-LEAST:]
@@ -159,10 +196,25 @@ class Health:
                 return Suspicion(slot, reason, trials)
         return None
 
+    def _overheated(self, slot: str) -> Suspicion | None:
+        """A slot that is throttled again and again where others are not: if most are, that is how this profile runs."""
+        heat = self.heat.get(slot, deque())
+        others = [trials[-1][1] for name, trials in self.heat.items() if name != slot]
+        if len(heat) < HOT or not all(hot for _, hot in heat) or not others or 2 * sum(others) > len(others):
+            return None
+        hot = f"{HOT} of its last {HOT} trials"
+        reason = f"its clock was throttled by heat or the power brake in {hot}; see to its cooling and power"
+        return Suspicion(slot, reason, tuple(trial for trial, _ in heat))
+
     def _furthest(self, slot: str) -> float:
         """How far apart the worst of the other slots is: next to a slot that drifts, a healthy one seems to."""
         others = [recent for name, recent in self.recent.items() if name != slot]
         return max((abs(fmean(one.value for one in recent)) for recent in others), default=0.0)
+
+
+def is_throttled(measured: Measurement) -> bool:
+    """Whether the trainer has marked the run: heat or the power brake held its clock down for too much of it."""
+    return measured.facts.get(THROTTLED, 0.0) > 0
 
 
 def _each_is_far(compared: Sequence[Comparison], sigma: float) -> bool:

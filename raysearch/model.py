@@ -157,7 +157,8 @@ class Trial:
         id: Unique and derived from what is run, so that asking for the same run twice is the same trial.
         rival: For the candidate's side of a pair: the trial of the other side, with the same seed.
         pair: For a pair: its number, from 1.
-        holdout: Whether the second held-out split is measured as well (reported, never used to decide).
+        holdout: Whether the second held-out split is measured as well, and the whole set where trials are scored on a
+            part of it (both reported, never used to decide).
         futile_above: For a metric that is minimised: at half of the budget the trial ends as futile if the metric on
             a small slice is above this. None: it always runs to its end. (Maximised: below.)
     """
@@ -181,6 +182,7 @@ class Measurement:
     Attributes:
         value: The objective's metric (val_bpb for the bundled trainer).
         holdout: The metric on the second held-out split, where it was asked for.
+        whole: The metric on the whole set, where that was asked for and is more than what every trial is scored on.
         training_s: Seconds that counted against the budget.
         wall_s: Seconds from outside: supervisor's start of the process to its end.
         peak_vram_mb: Memory held on the GPU, as the driver or the allocator's reservation has it; 0 on a CPU.
@@ -195,6 +197,7 @@ class Measurement:
     peak_vram_mb: float = 0.0
     parts_s: dict[str, float] = field(default_factory=dict[str, float])
     facts: dict[str, float] = field(default_factory=dict[str, float])
+    whole: float | None = None
 
 
 # ---- events: what the journal holds; the state of a study is what they add up to ----

@@ -35,9 +35,10 @@ class Preset:
         vocab_size: Tokens in the vocabulary.
         row_tokens: Tokens in a packed row, and the context of the evaluation.
         budget_s: Training seconds of a trial.
-        eval_tokens: Validation tokens that are scored.
+        eval_tokens: Validation tokens that every trial is scored on, and that decide.
+        whole_tokens: Validation tokens of the whole set, scored beyond those where the second split is measured too.
         startup_limit_s: From the start of the process to the end of the first step.
-        evaluation_limit_s: For each split that is evaluated.
+        evaluation_limit_s: For `eval_tokens` of each split that is evaluated.
         knobs: Values written into the base program.
     """
 
@@ -49,6 +50,7 @@ class Preset:
     row_tokens: int
     budget_s: float
     eval_tokens: int
+    whole_tokens: int
     startup_limit_s: float
     evaluation_limit_s: float
     knobs: dict[str, knobs.Value]
@@ -165,6 +167,7 @@ def _preset(path: Path) -> Preset:
             row_tokens=data["row_tokens"],
             budget_s=float(run["budget_s"]),
             eval_tokens=run["eval_tokens"],
+            whole_tokens=max(run["eval_tokens"], run.get("whole_tokens", 0)),
             startup_limit_s=float(run["startup_limit_s"]),
             evaluation_limit_s=float(run["evaluation_limit_s"]),
             knobs=table.get("knobs", {}),
@@ -261,6 +264,12 @@ def _defines_train(tree: ast.Module) -> bool:
     return False
 
 
+def evaluation_sizes(preset: Preset) -> str:
+    """Tokens that decide, and those of the whole set where it is larger, as the harness writes them (`4096-65536`)."""
+    whole = f"-{preset.whole_tokens}" if preset.whole_tokens > preset.eval_tokens else ""
+    return f"{preset.eval_tokens}{whole}"
+
+
 def slice_tokens(preset: Preset) -> int:
     """Tokens that are scored at half of the budget; every trial of a profile is scored on the same."""
     return min(preset.eval_tokens, max(int(SLICE_SHARE * preset.eval_tokens), SLICE_ROWS * preset.row_tokens))
@@ -284,7 +293,7 @@ def plan_trial(
         budget: Of the profile.
         device: `cuda` or `cpu`.
         threads: CPU threads of the trial, 0 to leave them alone.
-        holdout: Whether the second held-out split is measured as well.
+        holdout: Whether the second held-out split is measured as well, and the whole set where it is larger.
         futile_above: Of the metric at half of the budget: where the trial is given up. None: it runs to its end. An
             objective without presets has no half-way value, and always does.
     """
@@ -296,11 +305,13 @@ def plan_trial(
     else:
         budget_arguments = ("--budget-tokens", str(budget.tokens))
         training_limit_s = budget.tokens / SLOWEST_TOKENS_PER_S + 60
+    has_whole = preset.whole_tokens > preset.eval_tokens
     command = (
         *objective.command,
         *budget_arguments,
         "--eval-tokens",
         str(preset.eval_tokens),
+        *(("--whole-tokens", str(preset.whole_tokens)) if has_whole else ()),
         "--slice-tokens",
         str(slice_tokens(preset)),
         *(("--futile-above", repr(futile_above)) if futile_above is not None else ()),
@@ -309,7 +320,9 @@ def plan_trial(
         *(("--threads", str(threads)) if threads else ()),
         *(("--holdout",) if holdout else ()),
     )
-    evaluations = (2 if holdout else 1) + slice_tokens(preset) / preset.eval_tokens
+    evaluations = 1 + slice_tokens(preset) / preset.eval_tokens
+    if holdout:
+        evaluations += preset.whole_tokens / preset.eval_tokens  # the second split, and what the whole set has more
     total_s = preset.startup_limit_s + training_limit_s + evaluations * preset.evaluation_limit_s
     # On a CPU slot the trial that trains would pay for the import: a tenth of its tokens in 10 s, to save one second.
     waiting = (*_HARNESS, "--wait", "--compiler") if device == "cuda" and command[: len(_HARNESS)] == _HARNESS else ()

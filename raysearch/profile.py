@@ -10,17 +10,19 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import psutil
 
+from raysearch.errors import UserError
 from raysearch.model import Profile
 
 MIB_PER_GIB = 1024
@@ -52,8 +54,12 @@ class Hardware:
 
 
 def detect() -> list[Hardware]:
-    """The GPUs that a child of this process may use, in CUDA's order; the CPU when there is none."""
-    gpus = _gpus()
+    """The GPUs that a child of this process may use, in CUDA's order; the CPU when there is none.
+
+    Raises:
+        UserError: The environment limits a GPU to what is no memory or no capability.
+    """
+    gpus = [held(gpu, os.environ) for gpu in _gpus()]
     return gpus if gpus else [_cpu()]
 
 
@@ -119,6 +125,38 @@ def visible(gpus: list[Hardware], cuda_visible_devices: str | None) -> list[Hard
             break
         chosen.append(matches[0])
     return chosen
+
+
+def held(gpu: Hardware, environment: Mapping[str, str]) -> Hardware:
+    """A GPU as trials will see it that are held to less: RAYSEARCH_MEMORY_GB, RAYSEARCH_CAPABILITY of the environment.
+
+    The trainer reads the same two, so a GPU that is held is another kind of hardware, with the preset and the ratchet
+    of that kind.
+
+    Raises:
+        UserError: One of them is not what it should be.
+    """
+    memory, capability = environment.get("RAYSEARCH_MEMORY_GB"), environment.get("RAYSEARCH_CAPABILITY")
+    if memory:
+        try:
+            limit_mb = float(memory) * MIB_PER_GIB
+        except ValueError:
+            limit_mb = math.nan
+        if not 0 < limit_mb < math.inf:
+            raise UserError(f"RAYSEARCH_MEMORY_GB is {memory!r}: it must be a positive number of GiB; mend or unset it")
+        gpu = dataclasses.replace(gpu, memory_mb=min(gpu.memory_mb, int(limit_mb)))
+    if capability:
+        if not re.fullmatch(r"\d+\.\d+", capability) or _version(capability) > _version(gpu.capability):
+            raise UserError(
+                f"RAYSEARCH_CAPABILITY is {capability!r}: it must be a compute capability such as 8.6, "
+                f"no higher than the card's own {gpu.capability}; mend or unset it"
+            )
+        gpu = dataclasses.replace(gpu, capability=capability)
+    return gpu
+
+
+def _version(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
 
 
 def base_slug(hardware: Hardware) -> str:

@@ -502,6 +502,7 @@ def step_message(
     proposer: str,
     cost_usd: float,
     holdout: float | None = None,
+    whole: float | None = None,
     metric: str = "val_bpb",
 ) -> str:
     """The message of a step of the ratchet: one line, and trailers as `git interpret-trailers --parse` reads them.
@@ -517,6 +518,7 @@ def step_message(
         proposer: Who had the idea.
         cost_usd: What the idea cost.
         holdout: The metric on the second held-out split.
+        whole: The metric on the whole set, where trials are scored on a part of it (`Whole-Bpb`).
         metric: Its name, which becomes a trailer's (`Val-Bpb`).
     """
     title = clean(subject, SUBJECT_CHARS).lstrip("-# ")  # git reads "---" as the start of a patch
@@ -529,6 +531,7 @@ def step_message(
         "Trial": trial,
         "Profile": profile,
         name: f"{val:.6f}",
+        f"Whole-{name.rpartition('-')[2]}": "" if whole is None else f"{whole:.6f}",
         "Holdout": "" if holdout is None else f"{holdout:.6f}",
         "Delta": f"{delta:+.{digits}f}{spread} (n={n})",
         "Proposer": proposer,

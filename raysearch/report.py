@@ -15,9 +15,10 @@ from statistics import median
 from typing import TypedDict
 
 from raysearch import schedule, tally
-from raysearch.model import Operator, Outcome, Profile
+from raysearch.health import Heat, is_throttled
+from raysearch.model import Direction, Operator, Outcome, Profile
 from raysearch.study import Study
-from raysearch.tally import Fate, Line, Standing, TimeUse
+from raysearch.tally import CardUse, Fate, Gains, Line, Standing, TimeUse
 from raysearch.wording import (
     better_is,
     clean,
@@ -39,6 +40,8 @@ WRITTEN = (RESULTS, SUMMARY, PROGRESS)
 SHOWN_FAILURES = 10
 SHOWN_REFUSALS = 10
 SHOWN_VERDICTS = 8
+SHOWN_THROTTLED = 10
+BITS_PER_BYTE = "val_bpb"  # the metric of which it is known what twice the compute is worth
 
 
 def write_all(study: Study, folder: Path, *, name: str, metric: str) -> list[Path]:
@@ -54,6 +57,13 @@ def write_all(study: Study, folder: Path, *, name: str, metric: str) -> list[Pat
     write_summary(study, folder / SUMMARY, name=name, metric=metric)
     write_progress(study, folder / PROGRESS, metric=metric)
     return [folder / written for written in WRITTEN]
+
+
+GAINS = (
+    " Speed is the change of tokens a second. Learning is an estimate of what is left of the delta at equal tokens, "
+    f"by a rule of thumb for GPUs: {tally.PER_DOUBLING_BPB} bits per byte for a doubling of compute (docs/adr/0008); "
+    "the exact figure takes runs of both programs with --budget-tokens."
+)
 
 
 # ---- results.tsv ----
@@ -82,8 +92,10 @@ def write_results(study: Study, path: Path, *, metric: str) -> None:
 
 
 def _columns(metric: str) -> list[str]:
-    own = "profile candidate operator proposer outcome verdict delta delta_se pairs runs holdout reason base carried_by"
-    numbers = "training_s wall_s num_steps total_tokens num_params mfu_percent finished_at"
+    own = "profile candidate operator proposer outcome verdict delta delta_se pairs runs holdout whole reason base"
+    numbers = (
+        "carried_by training_s wall_s num_steps total_tokens num_params mfu_percent energy_kj throttled finished_at"
+    )
     return ["commit", clean(metric, 40), "memory_gb", "status", "description", *own.split(), *numbers.split()]
 
 
@@ -93,6 +105,7 @@ def _row(study: Study, line: Line, metric: str) -> dict[str, str]:
     first = measured[0] if measured else None
     fresh = study.lane(proposal.profile).fresh.values(proposal.id)
     holdouts = [one.holdout for one in measured if one.holdout is not None]
+    wholes = [one.whole for one in measured if one.whole is not None]
     facts = first.facts if first else {}
     said = f"baseline: {proposal.hypothesis}" if line.fate is Fate.BASELINE else proposal.hypothesis
     finished_at = datetime.fromtimestamp(line.runs[-1].finished_at or 0.0, UTC)
@@ -113,6 +126,7 @@ def _row(study: Study, line: Line, metric: str) -> dict[str, str]:
         str(state.pairs),
         str(len(fresh) or len(measured)),
         f"{sum(holdouts) / len(holdouts):.6f}" if holdouts else "",
+        f"{sum(wholes) / len(wholes):.6f}" if wholes else "",
         _cell(state.reason),
         proposal.base[:7],
         state.carried_by or "",
@@ -120,6 +134,8 @@ def _row(study: Study, line: Line, metric: str) -> dict[str, str]:
         f"{first.wall_s:.1f}" if first else "",
         *(_whole(facts.get(fact)) for fact in ("num_steps", "total_tokens", "num_params")),
         f"{facts['mfu_percent']:.2f}" if "mfu_percent" in facts else "",
+        f"{facts['energy_j'] / 1000:.1f}" if "energy_j" in facts else "",
+        str(sum(is_throttled(one) for one in measured)),
         finished_at.isoformat(timespec="seconds"),
     )
     return dict(zip(_columns(metric), cells, strict=True))
@@ -182,7 +198,8 @@ def _profile_part(study: Study, slug: str, lines: list[Line], metric: str) -> li
     if at.steps:
         text += _ratchet_part(study, at, metric)
     if any(line.runs for line in lines):
-        text += _counts_part(study, slug, lines) + _time_part(tally.time_use(study, slug)) + _failures_part(lines)
+        text += _counts_part(study, slug, lines) + _time_part(tally.time_use(study, slug))
+        text += _card_part(tally.card_use(study, slug), study.lane(slug).heat) + _failures_part(lines)
     return text
 
 
@@ -225,6 +242,9 @@ def _champion_part(study: Study, at: Standing, metric: str) -> list[str]:
         text.append(
             f"- Second held-out split (reported, never used to decide): {number(at.holdout, decimals)}{against}."
         )
+    if at.whole is not None:
+        against = f", baseline {number(at.baseline_whole, decimals)}" if at.baseline_whole and at.steps else ""
+        text.append(f"- Whole evaluation set (reported; a part of it decides): {number(at.whole, decimals)}{against}.")
     return [*text, ""]
 
 
@@ -242,21 +262,33 @@ def _against_baseline(study: Study, at: Standing, decimals: int) -> str:
 
 def _ratchet_part(study: Study, at: Standing, metric: str) -> list[str]:
     decimals = places(at.baseline, at.noise.sigma if at.noise else None)
+    in_bits = metric == BITS_PER_BYTE and study.settings.direction is Direction.MINIMIZE
+    parts = [tally.gains(study, state) if in_bits else None for state in at.steps]
+    known = any(part is not None for part in parts)
     rows = [
         [
             str(step),
             f"`{(state.ratchet_commit or '')[:7]}`",
             state.candidate.id,
             signed(state.delta, state.delta_se, decimals),
+            *(_gains_cells(part) if known else ()),
             str(state.pairs),
             number(study.value(state.candidate.id), decimals),
             _md(state.candidate.proposal.hypothesis),
         ]
-        for step, state in enumerate(at.steps, start=1)
+        for step, (state, part) in enumerate(zip(at.steps, parts, strict=True), start=1)
     ]
-    head = ["step", "commit", "candidate", "delta ± se", "pairs", metric, "hypothesis"]
+    more = ["speed", "learning"] if known else []
+    head = ["step", "commit", "candidate", "delta ± se", *more, "pairs", metric, "hypothesis"]
     why = "Each delta is from fresh runs in pairs with equal seeds, against the step before."
-    return ["### Ratchet", "", *_table(head, rows), "", why, ""]
+    return ["### Ratchet", "", *_table(head, rows), "", why + (GAINS if known else ""), ""]
+
+
+def _gains_cells(part: Gains | None) -> list[str]:
+    if part is None:
+        return ["–", "–"]
+    learning = "–" if part.learning is None else f"≈ {part.learning:+.4f}"
+    return [f"{100 * (part.speed - 1):+.1f} %", learning]
 
 
 def _counts_part(study: Study, slug: str, lines: list[Line]) -> list[str]:
@@ -307,6 +339,46 @@ def _time_part(use: TimeUse) -> list[str]:
             f"longest {spelled(max(use.gaps_s))})"
         )
     return ["### Time", "", f"{rate}{gaps}.", "", *_table(["slot time in", "share", "time"], rows), ""]
+
+
+def _card_part(use: CardUse | None, heat: dict[str, Heat]) -> list[str]:
+    """How well the card was used and what that took, and which trials were throttled."""
+    text = _use_lines(use) if use is not None else []
+    marked = [trial for one in heat.values() for trial in one.throttled]
+    if marked:
+        shown = ", ".join(marked[-SHOWN_THROTTLED:])
+        more = f"the last {SHOWN_THROTTLED}: " if len(marked) > SHOWN_THROTTLED else ""
+        text.append(f"- Throttled, by heat or the power brake: {plural(len(marked), 'trial')} ({more}{shown}).")
+        text += [f"  - {_md(slot)}: {_heat_text(one)}." for slot, one in sorted(heat.items()) if one.throttled]
+    return ["### Card", "", *text, ""] if text else []
+
+
+def _use_lines(use: CardUse) -> list[str]:
+    text: list[str] = []
+    matmul = f" ({use.matmul_tflops:.3g} TFLOPS)" if use.matmul_tflops is not None else ""
+    shares = (
+        (use.mfu_percent, "of the card's peak by the table"),
+        (use.mfu_measured_percent, f"of a matmul measured at the slot's start{matmul}"),
+    )
+    told = [f"{share:.1f} % {what}" for share, what in shares if share is not None]
+    if told:
+        text.append(f"- MFU: {', '.join(told)}.")
+    if use.energy_kj is not None and use.total_energy_kj is not None:
+        power = f", {use.power_w:.0f} W while training" if use.power_w is not None else ""
+        text.append(f"- Energy: {use.energy_kj:.1f} kJ a trial{power}; {use.total_energy_kj / 3600:.2f} kWh in all.")
+    if use.sm_clock_mhz is not None:
+        most = f" of {use.sm_clock_max_mhz:.0f}" if use.sm_clock_max_mhz is not None else ""
+        capped = use.power_capped_share
+        limit = f", held by the power limit for {100 * capped:.0f} % of the training" if capped is not None else ""
+        text.append(f"- Clock: {use.sm_clock_mhz:.0f}{most} MHz{limit}.")
+    if use.temperature_c is not None:
+        text.append(f"- Temperature: {use.temperature_c:.0f} °C at a trial's hottest, {use.hottest_c:.0f} °C at most.")
+    return [*text, f"- These are medians of {plural(use.trials, 'measured trial')}."] if text else []
+
+
+def _heat_text(one: Heat) -> str:
+    share = 100 * one.share / one.trials
+    return f"{len(one.throttled)} of {plural(one.trials, 'trial')}, {share:.0f} % of their training"
 
 
 def _failures_part(lines: list[Line]) -> list[str]:
@@ -382,8 +454,20 @@ def write_progress(study: Study, path: Path, *, metric: str) -> None:
 # ---- status ----
 
 
+class ThrottledStatus(TypedDict):
+    """A slot some of whose trials were throttled by heat or the power brake.
+
+    `throttled` names those that are marked, of `trials` that say; `share` is of the training of all of these.
+    """
+
+    slot: str
+    trials: int
+    throttled: list[str]
+    share: float
+
+
 class ProfileStatus(TypedDict):
-    """A profile's part of the status."""
+    """A profile's part of the status; the figures of the card are medians of its measured trials."""
 
     profile: str
     hardware: str
@@ -399,12 +483,18 @@ class ProfileStatus(TypedDict):
     delta_se: float | None
     gain: float | None
     holdout: float | None
+    whole: float | None
     wins: int
     frontier: list[str]
     queued: int
     futile: int
     saved_s: float
     slots_aside: list[str]
+    throttled_slots: list[ThrottledStatus]
+    mfu_percent: float | None
+    mfu_measured_percent: float | None
+    energy_kj: float | None
+    temperature_c: float | None
     blocked: str
 
 
@@ -528,6 +618,7 @@ def status(study: Study, *, name: str, metric: str, now: float, running: bool) -
 
 def _profile_status(study: Study, slug: str, queued: int) -> ProfileStatus:
     at = tally.standing(study, slug)
+    use = tally.card_use(study, slug)
     return ProfileStatus(
         profile=slug,
         hardware=at.profile.hardware,
@@ -543,12 +634,24 @@ def _profile_status(study: Study, slug: str, queued: int) -> ProfileStatus:
         delta_se=_finite(at.delta_se),
         gain=_finite(None if at.delta is None else gain(at.delta, study.settings.direction)),
         holdout=_finite(at.holdout),
+        whole=_finite(at.whole),
         wins=len(at.steps),
         frontier=[name for name in study.lane(slug).racing if study.lives(study.lane(slug), name)],
         queued=queued,
         futile=study.lane(slug).futile,
         saved_s=round(study.lane(slug).saved_s, 1),
         slots_aside=[slot for slot, event in study.aside.items() if event.profile == slug],
+        throttled_slots=[
+            ThrottledStatus(
+                slot=slot, trials=one.trials, throttled=one.throttled, share=round(one.share / one.trials, 4)
+            )
+            for slot, one in sorted(study.lane(slug).heat.items())
+            if one.throttled
+        ],
+        mfu_percent=use.mfu_percent if use else None,
+        mfu_measured_percent=use.mfu_measured_percent if use else None,
+        energy_kj=use.energy_kj if use else None,
+        temperature_c=use.temperature_c if use else None,
         blocked=at.blocked,
     )
 
@@ -575,7 +678,8 @@ def status_text(found: StudyStatus) -> str:
     ]
     if not found["profiles"]:
         text.append("no profile yet: nothing has been run")
-    text += [_profile_line(one, found["metric"], found["direction"]) for one in found["profiles"]]
+    for one in found["profiles"]:
+        text += [_profile_line(one, found["metric"], found["direction"]), *_card_lines(one)]
     for run in found["running_trials"]:
         what = "running" if found["running"] else "was in flight, will be run again"
         text.append(f"{run['slot']}: {run['trial']} ({run['purpose']}, {duration(run['running_s'])}), {what}")
@@ -598,6 +702,25 @@ def _profile_line(one: ProfileStatus, metric: str, direction: str) -> str:
         return f"{slug}: {value}, the baseline{noise}; no win yet"
     told = f"{number(abs(one['gain']), decimals)} {'better' if one['gain'] >= 0 else 'worse'} than the baseline"
     return f"{slug}: {value}{noise}, {told} after {plural(one['wins'], 'win')}; champion {one['champion']}"
+
+
+def _card_lines(one: ProfileStatus) -> list[str]:
+    """The profile's card in a line, and its throttled slots in one each."""
+    figures = (
+        ("MFU {:.1f} % of the table's peak", one["mfu_percent"]),
+        ("MFU {:.1f} % of the measured matmul", one["mfu_measured_percent"]),
+        ("{:.1f} kJ a trial", one["energy_kj"]),
+        ("{:.0f} °C", one["temperature_c"]),
+    )
+    told = ", ".join(words.format(value) for words, value in figures if value is not None)
+    text = [f"{one['profile']}: {told}"] if told else []
+    for slot in one["throttled_slots"]:
+        count = f"{len(slot['throttled'])} of {plural(slot['trials'], 'trial')}"
+        last = ", ".join(slot["throttled"][-3:])
+        text.append(
+            f"{slot['slot']}: throttled in {count}, {100 * slot['share']:.0f} % of their training; last: {last}"
+        )
+    return text
 
 
 # ---- files ----

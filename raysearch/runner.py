@@ -280,12 +280,13 @@ def _failure(code: int, out: Path) -> RunResult:
 
 def _measurement(result: Mapping[str, Any], value: float, wall_s: float) -> Measurement:
     numbers = _numbers(result)  # anything else, NaN included, could not be read back from the journal
-    named = ("training_seconds", "peak_vram_mb", "holdout_bpb", "halfway_bpb")
+    named = ("training_seconds", "peak_vram_mb", "holdout_bpb", "whole_bpb", "halfway_bpb")
     parts = result.get("seconds")
     return Measurement(
         value=value,
         wall_s=wall_s,
         holdout=numbers.get("holdout_bpb"),
+        whole=numbers.get("whole_bpb"),
         training_s=numbers.get("training_seconds", 0.0),
         peak_vram_mb=numbers.get("peak_vram_mb", 0.0),
         parts_s=_numbers(parts) if isinstance(parts, dict) else {},  # pyright: ignore[reportUnknownArgumentType]

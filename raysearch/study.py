@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from raysearch import bandit, judge
 from raysearch.bandit import Arm, Tally
 from raysearch.futility import Futility
-from raysearch.health import Health
+from raysearch.health import Health, Heat
 from raysearch.model import (
     Candidate,
     Direction,
@@ -167,6 +167,7 @@ class Lane:
         differences: Differences in the pairs of each race.
         rivals: Runs of candidates in pairs, by the trial of the other side.
         halves: Half-way values, by candidate.
+        heat: How often each slot was throttled; runs that are no longer believed count too.
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         refusals: Proposals that were refused since anything new was known of the profile.
         unmerged: Wins that are in conflict with the champion.
@@ -202,6 +203,7 @@ class Lane:
     halves: judge.Replicates = field(default_factory=judge.Replicates)
     tallies: dict[Arm, Tally] = field(default_factory=dict[Arm, Tally])
     health: Health = field(default_factory=Health)
+    heat: dict[str, Heat] = field(default_factory=dict[str, Heat])
     screens: int = 0
     refusals: int = 0
     unmerged: list[str] = field(default_factory=list[str])
@@ -438,6 +440,7 @@ class Study:
             candidate.seconds += seconds
         if state.measurement is not None:
             lane.wall_s = seconds if lane.wall_s is None else (1 - RECENT) * lane.wall_s + RECENT * seconds
+            lane.heat.setdefault(state.slot, Heat()).add(trial.id, state.measurement)
             lane.health.add(state.slot, trial.id, trial.candidate, state.measurement)
         elif state.outcome is Outcome.FUTILE:
             lane.futile += 1
@@ -717,12 +720,17 @@ class Study:
 
     def holdout(self, candidate_id: str) -> float | None:
         """A candidate's metric on the second held-out split, where one of its runs measured it."""
+        return next((run.holdout for run in self._fresh(candidate_id) if run.holdout is not None), None)
+
+    def whole(self, candidate_id: str) -> float | None:
+        """A candidate's metric on the whole set, where one of its runs measured it."""
+        return next((run.whole for run in self._fresh(candidate_id) if run.whole is not None), None)
+
+    def _fresh(self, candidate_id: str) -> Iterator[Measurement]:
+        """What the fresh runs of a candidate gave."""
         lane = self.lane(self.candidate(candidate_id).candidate.profile)
-        for trial_id in lane.fresh_runs.get(candidate_id, ()):
-            measured = self.trials[trial_id].measurement
-            if measured and measured.holdout is not None:
-                return measured.holdout
-        return None
+        measured = (self.trials[trial_id].measurement for trial_id in lane.fresh_runs.get(candidate_id, ()))
+        return (one for one in measured if one is not None)
 
 
 def screen_id(candidate_id: str) -> str:

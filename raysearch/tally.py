@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from statistics import fmean
+from statistics import fmean, median
 
+from raysearch.health import SPEED
 from raysearch.judge import Noise
-from raysearch.model import Outcome, Profile, Purpose, SessionStarted, Verdict
-from raysearch.study import CandidateState, Study, TrialState
+from raysearch.model import Measurement, Outcome, Profile, Purpose, SessionStarted, Verdict
+from raysearch.study import CandidateState, Study, TrialState, screen_id
 
 START_PARTS = ("start", "import", "data", "build", "first_step")
 EVALUATION_PARTS = ("eval", "holdout")
+PER_DOUBLING_BPB = 0.04  # about, for twice the compute on a GPU (the design's figure, as in the simulator)
 
 
 class Fate(Enum):
@@ -65,6 +67,7 @@ class Standing:
         value_se: Standard error of the champion's value.
         delta: Champion minus baseline; None while the baseline is the champion, or unmeasured.
         holdout: Mean of the champion on the second held-out split, where it was measured.
+        whole: Likewise on the whole set, where trials are scored on a part of it.
         steps: The ratchet's wins, oldest first.
     """
 
@@ -73,6 +76,7 @@ class Standing:
     baseline: float | None
     baseline_runs: int
     baseline_holdout: float | None
+    baseline_whole: float | None
     champion: CandidateState
     commit: str
     value: float | None
@@ -81,6 +85,7 @@ class Standing:
     delta: float | None
     delta_se: float | None
     holdout: float | None
+    whole: float | None
     steps: list[CandidateState]
     blocked: str
 
@@ -121,6 +126,52 @@ class TimeUse:
     def trials_per_hour(self) -> float | None:
         """Finished trials per hour of the profile, on all its slots together; None before there is any time."""
         return 3600 * self.finished / self.active_s if self.active_s > 0 else None
+
+
+@dataclass(frozen=True)
+class CardUse:
+    """How well a profile's trials used the card, and what that took; None for what they do not tell.
+
+    Attributes:
+        trials: Measured trials that these are the medians of.
+        mfu_percent: Of the card's peak as the trainer's table has it.
+        mfu_measured_percent: Of `matmul_tflops`.
+        matmul_tflops: What a matmul reached when the slot was set up.
+        energy_kj: Of a trial.
+        total_energy_kj: Of all measured trials together: a sum.
+        power_w: Mean of a trial's training.
+        sm_clock_mhz: While training; `sm_clock_max_mhz` is what the card could do.
+        temperature_c: The highest of a trial.
+        hottest_c: The highest of all: a maximum.
+        power_capped_share: Share of the training for which the power limit held the clock down: normal at full load.
+    """
+
+    trials: int
+    mfu_percent: float | None
+    mfu_measured_percent: float | None
+    matmul_tflops: float | None
+    energy_kj: float | None
+    total_energy_kj: float | None
+    power_w: float | None
+    sm_clock_mhz: float | None
+    sm_clock_max_mhz: float | None
+    temperature_c: float | None
+    hottest_c: float | None
+    power_capped_share: float | None
+
+
+@dataclass(frozen=True)
+class Gains:
+    """A win, taken apart: how much of it is speed, how much is learning.
+
+    Attributes:
+        speed: Tokens a second over those of the program that it was built on.
+        learning: What is left of its delta at equal tokens, in bits per byte: an estimate, by `PER_DOUBLING_BPB`. None
+            on a CPU, where a doubling is worth several times as much (docs/LOG.md: 0.3 from 10 to 20 s).
+    """
+
+    speed: float
+    learning: float | None
 
 
 @dataclass
@@ -187,17 +238,14 @@ def standing(study: Study, slug: str) -> Standing:
         delta = value - baseline
         if noise is not None and runs and baseline_runs:
             delta_se = noise.sigma * math.sqrt(1 / runs + 1 / baseline_runs)
-    holdouts: dict[str, list[float]] = {lane.base: [], lane.champion: []}
-    for run in study.trials.values():
-        trial, measured = run.trial, run.measurement
-        if trial.candidate in holdouts and measured is not None and measured.holdout is not None:
-            holdouts[trial.candidate].append(measured.holdout)
+    of_base, of_champion = _reported(study, lane.base), _reported(study, lane.champion)
     return Standing(
         profile=lane.profile,
         noise=noise,
         baseline=baseline,
         baseline_runs=baseline_runs,
-        baseline_holdout=fmean(holdouts[lane.base]) if holdouts[lane.base] else None,
+        baseline_holdout=of_base[0],
+        baseline_whole=of_base[1],
         champion=study.candidate(lane.champion),
         commit=lane.champion_commit,
         value=value,
@@ -205,10 +253,19 @@ def standing(study: Study, slug: str) -> Standing:
         runs=runs,
         delta=delta,
         delta_se=delta_se,
-        holdout=fmean(holdouts[lane.champion]) if holdouts[lane.champion] else None,
+        holdout=of_champion[0],
+        whole=of_champion[1],
         steps=[study.candidate(win.candidate) for win in lane.wins],
         blocked=lane.blocked,
     )
+
+
+def _reported(study: Study, candidate: str) -> tuple[float | None, float | None]:
+    """Means of a candidate on the second held-out split and on the whole set, over the runs that measured them."""
+    runs = [run.measurement for run in study.trials.values() if run.trial.candidate == candidate and run.measurement]
+    holdouts = [run.holdout for run in runs if run.holdout is not None]
+    wholes = [run.whole for run in runs if run.whole is not None]
+    return fmean(holdouts) if holdouts else None, fmean(wholes) if wholes else None
 
 
 def sessions(study: Study) -> list[tuple[float, float]]:
@@ -277,6 +334,73 @@ def _add_trial(use: TimeUse, run: TrialState, seconds: float) -> None:
     use.evaluation_s += evaluation_s
     use.start_s += start_s
     use.other_s += max(0.0, seconds - measured.training_s - evaluation_s - start_s)
+
+
+def card_use(study: Study, slug: str) -> CardUse | None:
+    """How the measured trials of a profile used its cards; None if none of them tells anything of that."""
+    facts = [
+        run.measurement.facts
+        for run in study.trials.values()
+        if run.trial.profile == slug and run.measurement is not None
+    ]
+
+    def of(name: str) -> list[float]:
+        return [one[name] for one in facts if name in one]
+
+    def middle(name: str) -> float | None:
+        return median(of(name)) if of(name) else None
+
+    energies, heats = of("energy_j"), of("temperature_c")
+    found = CardUse(
+        trials=len(facts),
+        mfu_percent=middle("mfu_percent"),
+        mfu_measured_percent=middle("mfu_measured_percent"),
+        matmul_tflops=middle("matmul_tflops"),
+        energy_kj=median(energies) / 1000 if energies else None,
+        total_energy_kj=sum(energies) / 1000 if energies else None,
+        power_w=middle("power_w"),
+        sm_clock_mhz=middle("sm_clock_mhz"),
+        sm_clock_max_mhz=middle("sm_clock_max_mhz"),
+        temperature_c=middle("temperature_c"),
+        hottest_c=max(heats, default=None),
+        power_capped_share=middle("power_capped_share"),
+    )
+    return (
+        found
+        if any(v is not None for v in (found.mfu_percent, found.mfu_measured_percent, *energies, *heats))
+        else None
+    )
+
+
+def gains(study: Study, state: CandidateState) -> Gains | None:
+    """Speed and learning of a win in bits per byte; None unless both sides' runs tell their tokens.
+
+    Both sides are the runs of its pairs, which its delta is from; without any (a greedy judge) all that there are.
+    """
+    pairs = [(study.trials[name], study.trials.get(study.trials[name].trial.rival or "")) for name in state.races]
+    ours = [run.measurement for run, rival in pairs if rival is not None and rival.measurement is not None]
+    theirs = [rival.measurement for run, rival in pairs if rival is not None and run.measurement is not None]
+    if not pairs:
+        ours, theirs = _runs_of(study, state.id), _runs_of(study, state.base)
+    speed, tokens = _ratio(ours, theirs, SPEED), _ratio(ours, theirs, "total_tokens")
+    if state.delta is None or speed is None or tokens is None:
+        return None
+    on_gpu = study.lane(state.candidate.profile).profile.device == "cuda"
+    return Gains(speed, state.delta + PER_DOUBLING_BPB * math.log2(tokens) if on_gpu else None)
+
+
+def _runs_of(study: Study, candidate: str) -> list[Measurement | None]:
+    lane = study.lane(study.candidate(candidate).candidate.profile)
+    names = (screen_id(candidate), *lane.fresh_runs.get(candidate, ()))
+    return [study.trials[name].measurement for name in names if name in study.trials]
+
+
+def _ratio(ours: Iterable[Measurement | None], theirs: Iterable[Measurement | None], fact: str) -> float | None:
+    """Geometric mean of a fact of some runs over that of others; None where either side does not have it."""
+    sides = [
+        [math.log(run.facts[fact]) for run in side if run and run.facts.get(fact, 0.0) > 0] for side in (ours, theirs)
+    ]
+    return math.exp(fmean(sides[0]) - fmean(sides[1])) if all(sides) else None
 
 
 def refusals(study: Study) -> list[tuple[str, int]]:

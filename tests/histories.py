@@ -97,7 +97,7 @@ def gpu_profile(slug: str = "rtx3060-12gb") -> Profile:
         preset="rtx3060",
         budget="60 s",
         data="climbmix-v8192-t2048 (90aa17be22)",
-        evaluation="1-1048576",
+        evaluation="1-1048576-4194304",
         threads=0,
     )
 
@@ -310,6 +310,7 @@ class Simulation:
             value=self.random.gauss(truth, one.sigma),
             wall_s=self.history.at - started_at,
             holdout=self.random.gauss(truth + 0.01, one.sigma) if trial.holdout else None,
+            whole=truth + 0.005 if trial.holdout and trial.profile == GPU.profile.slug else None,
             training_s=one.training_s,
             peak_vram_mb=one.vram_mb,
             parts_s={

@@ -20,8 +20,8 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from raysearch import tally
-from raysearch.console import Console, Frame, share_rows, snapshot, view
-from raysearch.model import Direction, Outcome, Record
+from raysearch.console import Console, Frame, share_rows, snapshot, told, view
+from raysearch.model import Direction, Measurement, Outcome, Record, TrialFinished
 from raysearch.schedule import Slot
 from raysearch.study import Settings, Study
 
@@ -47,6 +47,15 @@ PROGRESS = {"cpu-0": Progress("train", 0.5, 12.0), "gpu-0": Progress("first_step
 @pytest.fixture(scope="module")
 def study() -> Study:
     return realistic().study
+
+
+def test_a_throttled_trial_is_marked_where_it_ends():
+    measured = Measurement(1.0, wall_s=26.0, training_s=20.0, facts={"throttled_share": 0.42, "throttled": 1.0})
+    ended = Record(1, 0.0, TrialFinished("c0001-screen", 1, Outcome.MEASURED, measurement=measured))
+    line = told(Study(Settings()), ended, "val_bpb")
+    assert line == (
+        "done c0001-screen: val_bpb 1.0000, 20.0 s of training in 26.0 s, throttled for 42 % of the training"
+    )
 
 
 def drawn(

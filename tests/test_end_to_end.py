@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -192,6 +193,9 @@ def test_a_study_of_the_real_trainer_that_is_killed_once_runs_to_its_end(bench: 
         assert 1.0 < state.measurement.value < 8.0
         left = {path.name for path in (toy.folder.trials / name).iterdir()}
         assert {"run.log", "result.json", "curve.jsonl", "documents.npz"} <= left
+        assert state.measurement.facts["matmul_tflops"] > 0  # of its slot, measured when that was set up
+        assert state.measurement.facts["mfu_measured_percent"] > 0
+    assert re.search(r"joined as cpu: .*, matmul [\d.]+ TFLOPS, copy \d+ GB/s", session.said())
     first = study.trials["cpu-base-1"].measurement
     assert first is not None
     assert first.holdout is not None

@@ -19,7 +19,7 @@ from trainer_kit import TINY, make_data, program
 from raysearch import leftovers
 from raysearch.errors import UserError
 from raysearch.executors import Executor, Report, RunEnded, SlotInfo, SlotJoined, SlotLeft, SlotProgress
-from raysearch.executors.ray import RayExecutor, SlotPlan
+from raysearch.executors.ray import RayExecutor, SlotPlan, gauged
 from raysearch.knobs import Value
 from raysearch.model import Measurement, Outcome
 from raysearch.objective import TRAINER
@@ -79,7 +79,7 @@ class Bench:
         plain = RunSpec(
             trial_id=trial_id,
             attempt=1,
-            study="study",
+            study=f"study-{os.getpid()}",
             session=self.session,
             files={"train.py": PROGRAM.replace('"ok"', f'"{kind}"', 1)},
             command=("{python}", "train.py"),
@@ -228,6 +228,21 @@ def test_cancel_ends_a_run(bench: Bench, wait_s: float):
     assert bench.ended(name).outcome is Outcome.CANCELLED
     bench.executor.start(next(iter(bench.slots)), bench.spec(f"after {name}"))
     assert bench.ended(f"after {name}").outcome is Outcome.MEASURED
+
+
+def test_a_slot_s_speed_is_measured_for_the_bundled_trainer_alone(bench: Bench):
+    assert {slot.speed for slot in bench.slots.values()} == {None}
+
+
+def test_a_speed_that_cannot_be_measured_is_none_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    broken = tmp_path / "python"
+    for said, code in (("no JSON", 0), ('{"matmul_tflops": 0.1}', 0), ("", 1)):
+        broken.write_text(f"#!/bin/sh\necho '{said}'\nexit {code}\n")
+        broken.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(broken))
+        assert gauged("cpu", 1) is None
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    assert gauged("cpu", 1) is None
 
 
 def test_a_slot_that_is_not_there_takes_nothing(bench: Bench):

@@ -114,6 +114,50 @@ def test_what_is_forgotten_starts_anew_and_nothing_is_said_twice():
         assert health.suspects(SIGMA) == []
 
 
+def heated(*rounds: str) -> Health:
+    """Runs of slots a, b, c, … in turn, a word a round: `H` a throttled run, `.` a cool one, `?` a silent one."""
+    health = Health()
+    for number, marks in enumerate(rounds):
+        for slot, mark in zip("abcdefgh", marks, strict=False):
+            facts = {"H": {"throttled_share": 0.4, "throttled": 1.0}, ".": {"throttled_share": 0.02}, "?": {}}[mark]
+            health.add(slot, f"{slot}{number}", f"p{slot}{number}", Measurement(1.0, wall_s=1.0, facts=facts))
+    return health
+
+
+def test_a_slot_that_is_throttled_three_times_in_a_row_is_suspected_with_its_trials():
+    assert heated("H..", "H..").suspects(SIGMA) == []
+    (found,) = heated("H..", "H..", "H..").suspects(SIGMA)
+    assert found == Suspicion(
+        "a",
+        "its clock was throttled by heat or the power brake in 3 of its last 3 trials; see to its cooling and power",
+        ("a0", "a1", "a2"),
+    )
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [
+        ("H..", "H..", "...", "H.."),  # a cool one between
+        ("H", "H", "H", "H"),  # nobody to compare it with
+        ("H??", "H??", "H??"),  # nobody who says anything
+        ("HHH.", "HHH.", "HHH."),  # most are: so it is here
+        ("HH", "HH", "HH"),
+    ],
+)
+def test_throttled_slots_are_left_alone_where_it_is_rare_or_how_all_of_them_run(rounds: tuple[str, ...]):
+    assert heated(*rounds).suspects(SIGMA) == []
+
+
+def test_of_two_hot_slots_beside_a_cool_one_both_are_suspected_and_one_that_is_forgotten_starts_anew():
+    health = heated("HH..", "HH..", "HH..")
+    assert [one.slot for one in health.suspects(SIGMA)] == ["a", "b"]
+    health.forget("a")
+    hot = Measurement(1.0, wall_s=1.0, facts={"throttled_share": 1.0, "throttled": 1.0})
+    for number in range(3, 6):
+        health.add("a", f"a{number}", "p", hot)
+        assert [one.slot for one in health.suspects(SIGMA)] == (["a"] if number == 5 else [])
+
+
 def test_without_any_noise_numbers_say_nothing_of_slots():
     health = Health()
     for run in range(60):

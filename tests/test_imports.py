@@ -48,10 +48,13 @@ TRIAL: dict[str, set[str]] = {
     "rows": {"errors"},
     "reporter": set(),
     "telemetry": set(),
-    "micro_batch": {"common", "errors", "reporter", "telemetry"},
-    "evaluation": {"errors", "reporter", "rows"},
+    "sampler": {"telemetry"},
+    "gauge": set(),
+    "memory": {"common", "errors"},
+    "micro_batch": {"common", "errors", "memory", "reporter", "telemetry"},
+    "evaluation": {"errors", "memory", "reporter", "rows"},
     "run": {"errors", "micro_batch", "reporter", "rows"},
-    "harness": {"errors", "evaluation", "reporter", "rows", "run", "telemetry", "waiting"},
+    "harness": {"errors", "evaluation", "memory", "reporter", "rows", "run", "sampler", "telemetry", "waiting"},
     "waiting": set(),
 }
 

@@ -81,6 +81,20 @@ def test_all_kinds_of_events_of_the_model_are_known():
     assert all(dataclasses.is_dataclass(kind) for kind in KINDS)
 
 
+def test_a_measurement_of_a_version_that_knew_no_whole_set_is_read(path: Path):
+    found = TrialFinished(
+        "c0001-screen", 1, Outcome.MEASURED, measurement=Measurement(1.5, 20.0, holdout=1.6, whole=1.7)
+    )
+    with opened(path, writer=True) as journal:
+        journal.append(found, seq=1, at=1.0)
+    with sqlite3.connect(path) as db:
+        assert db.execute("UPDATE events SET body = replace(body, ',\"whole\":1.7', '')").rowcount == 1
+    db.close()
+    with opened(path, writer=False) as journal:
+        (read,) = journal.read()
+    assert read.event == dataclasses.replace(found, measurement=Measurement(1.5, 20.0, holdout=1.6))
+
+
 def test_numbers_that_are_none_leave_the_journal_readable(path: Path):
     """A trainer prints NaN for what it could not compute; msgspec's own JSON makes null of that."""
     odd = Measurement(

@@ -25,6 +25,7 @@ from raysearch.runner import SESSION_MARK, SLOT_MARK, STUDY_MARK, Run, RunResult
 WAITING = ("{python}", "-P", "-m", "trainer.harness", "--wait")
 OPTIONS = ("--budget-tokens", "4096", "--device", "cpu", "--threads", "1")
 SLOT = "here:gpu0"
+STUDY = f"nursery-{os.getpid()}"  # so that two runs of the tests do not sweep one another
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,7 @@ class Bench:
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
-        self.study = f"nursery-{os.getpid()}"  # a sweep ends what bears it: another run of these tests has another
-        self.session = f"{self.study}-{folder.name}"
+        self.session = f"nursery-{folder.name}-{os.getpid()}"
         self.env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         self.nursery = Nursery()
 
@@ -46,7 +46,7 @@ class Bench:
         fields: dict[str, Any] = {
             "trial_id": trial,
             "attempt": 1,
-            "study": self.study,
+            "study": STUDY,
             "session": self.session,
             "files": {"train.py": source or program(**TINY)},
             "command": (*objective.TRAINER.command, *options),
@@ -162,11 +162,11 @@ def test_the_next_process_waits_when_a_trial_trains_and_serves_one_trial(bench: 
 def test_a_process_in_waiting_waits_with_the_marks_and_threads_of_a_trial_and_can_be_swept(bench: Bench):
     spare = bench.prepare(bench.spec("never", threads=2))
     env = spare.environ()
-    marks = {STUDY_MARK: bench.study, SESSION_MARK: bench.session, SLOT_MARK: SLOT}
+    marks = {STUDY_MARK: STUDY, SESSION_MARK: bench.session, SLOT_MARK: SLOT}
     assert {name: env.get(name) for name in marks} == marks
     assert env["OMP_NUM_THREADS"] == "2"
     waiting = {process.pid for process in bench.processes()}
-    assert set(sweep(bench.study, session=bench.session, slot=SLOT)) == waiting
+    assert set(sweep(STUDY, session=bench.session, slot=SLOT)) == waiting
     assert bench.run(bench.spec("after", threads=2)).outcome is Outcome.MEASURED
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from raysearch.model import Direction
-from raysearch.objective import SLICE_ROWS, TRAINER, Budget, Objective, load_presets, plan_trial, slice_tokens
+from raysearch.objective import (
+    SLICE_ROWS,
+    TRAINER,
+    Budget,
+    Objective,
+    evaluation_sizes,
+    load_presets,
+    plan_trial,
+    slice_tokens,
+)
 
 PRESETS = load_presets()
 COMMAND = Objective(("score.py",), (), ("{python}", "score.py"), "score", Direction.MAXIMIZE, False, timeout_s=60.0)
@@ -57,6 +66,22 @@ def test_limits_leave_time_for_the_slice_and_for_each_split():
     assert slice_s == pytest.approx(preset.evaluation_limit_s * slice_tokens(preset) / preset.eval_tokens)
 
 
+def test_the_whole_set_is_named_to_every_trial_and_has_time_where_it_is_scored():
+    preset = PRESETS["rtx3060"]
+    (once, once_s), (twice, twice_s) = planned("rtx3060"), planned("rtx3060", holdout=True)
+    for command in (once, twice):
+        assert command[command.index("--whole-tokens") + 1] == "20971520"
+    assert twice_s - once_s == preset.evaluation_limit_s * preset.whole_tokens / preset.eval_tokens
+    assert evaluation_sizes(preset) == "4194304-20971520"
+
+
+@pytest.mark.parametrize("name", ["h100", "cpu"])
+def test_where_every_trial_is_scored_on_the_whole_set_nothing_is_said_of_it(name: str):
+    assert PRESETS[name].whole_tokens == PRESETS[name].eval_tokens
+    assert "--whole-tokens" not in planned(name, holdout=True)[0]
+    assert evaluation_sizes(PRESETS[name]) == str(PRESETS[name].eval_tokens)
+
+
 def test_a_command_of_one_s_own_is_called_as_it_is():
     plan = plan_trial(COMMAND, None, Budget(), device="cpu", threads=1, holdout=False, futile_above=1.0)
     assert plan.command == COMMAND.command
@@ -64,7 +89,7 @@ def test_a_command_of_one_s_own_is_called_as_it_is():
 
 
 def test_the_harness_knows_every_option_of_the_command():
-    command, _ = planned(holdout=True, futile_above=1.0)
+    command, _ = planned("rtx3060", holdout=True, futile_above=1.0)
     source = (Path(__file__).parent.parent / "trainer" / "harness.py").read_text()
     options = {word for word in command if word.startswith("--")}
     assert options

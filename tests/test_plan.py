@@ -599,6 +599,24 @@ def test_the_last_slot_of_a_profile_is_never_set_aside():
     assert events(told) == []
 
 
+@pytest.mark.parametrize("slots", [THREE, THREE[2:]], ids=["beside others", "alone"])
+def test_a_slot_that_is_throttled_again_and_again_is_set_aside_unless_it_is_the_only_one(slots: tuple[Slot, ...]):
+    told = ready(slots=slots, noise_share=0.0)
+    for _ in range(3):
+        for slot in slots:
+            name = f"{told.candidate()}-screen"
+            hot = {"throttled_share": 0.6, "throttled": 1.0} if slot.id == "c" else {"throttled_share": 0.0}
+            told.start(name, slot=slot.id)
+            told.end(name, 2.0, facts=hot)
+            told.conclude()  # the verdict
+            told.conclude()  # and what becomes of the slot
+    assert set(told.study.aside) == ({"c"} if len(slots) > 1 else set())
+    for event in told.study.aside.values():
+        assert event.reason.startswith("its clock was throttled by heat or the power brake in 3 of its last 3 trials")
+    counted = {slot: (heat.trials, len(heat.throttled)) for slot, heat in told.lane.heat.items() if heat.trials}
+    assert counted == {slot.id: (3, 3 if slot.id == "c" else 0) for slot in slots}
+
+
 def test_when_only_a_slot_that_was_set_aside_is_left_it_is_used():
     told = set_aside()
     told.slots = (Slot("c", "cpu"),)

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from raysearch.errors import UserError
 from raysearch.model import Profile
-from raysearch.profile import Hardware, base_slug, same_profile, visible, with_slug
+from raysearch.profile import Hardware, base_slug, held, same_profile, visible, with_slug
 
 
 def gpu(name: str, memory_mb: int, uuid: str = "GPU-1") -> Hardware:
@@ -73,6 +74,27 @@ def test_cuda_visible_devices_hides_gpus_as_cuda_does():
     assert names("2,0") == ["c", "a"]
     assert names("GPU-bb") == ["b"]
     assert names("1,-1,0") == ["b"]
+
+
+def test_a_gpu_that_is_held_to_less_is_another_kind_of_hardware():
+    own = gpu("NVIDIA H100 80GB HBM3", 81559)
+    small = held(own, {"RAYSEARCH_MEMORY_GB": "12", "RAYSEARCH_CAPABILITY": "8.6"})
+    assert (base_slug(small), small.memory_mb, small.capability) == ("h100-12gb", 12288, "8.6")
+    assert held(own, {"RAYSEARCH_MEMORY_GB": "200"}) == held(own, {}) == own
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RAYSEARCH_MEMORY_GB", "much"),
+        ("RAYSEARCH_MEMORY_GB", "-1"),
+        ("RAYSEARCH_CAPABILITY", "sm_86"),
+        ("RAYSEARCH_CAPABILITY", "10.0"),
+    ],
+)
+def test_a_gpu_that_is_held_to_nonsense_is_refused(name: str, value: str):
+    with pytest.raises(UserError, match=f"{name} is '{value}': it must be .*; mend or unset it"):
+        held(gpu("NVIDIA H100 80GB HBM3", 81559), {name: value})
 
 
 def test_hardware_of_this_machine_is_printed_as_json():

@@ -821,10 +821,11 @@ def test_independent_edits_of_knobs_and_code_merge_without_loss(shared: Ratchet,
 def test_the_message_of_a_step_reads_as_designed():
     message = step_message(
         "deeper is better", trial="c0007", profile="rtx3060-12gb", val=0.9979, delta=-0.00312, delta_se=0.00041, n=3,
-        proposer="tune", cost_usd=0.0, holdout=1.0012,
+        proposer="tune", cost_usd=0.0, holdout=1.0012, whole=0.9951,
     )  # fmt: skip
     assert message == (
-        "deeper is better\n\nTrial: c0007\nProfile: rtx3060-12gb\nVal-Bpb: 0.997900\nHoldout: 1.001200\n"
+        "deeper is better\n\nTrial: c0007\nProfile: rtx3060-12gb\n"
+        "Val-Bpb: 0.997900\nWhole-Bpb: 0.995100\nHoldout: 1.001200\n"
         "Delta: -0.0031 ± 0.0004 (n=3)\nProposer: tune\nCost-Usd: 0.0000\n"
     )
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import time
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import pytest
 from histories import CPU, CPU_IDEAS, GPU, History, Idea, Simulation, realistic
 from PIL import Image
 
-from raysearch import report, schedule, tally
-from raysearch.model import Direction, Outcome, Purpose, Trial, TrialFinished, TrialStarted, Verdict
+from raysearch import judge, report, schedule, tally
+from raysearch.model import Direction, Measurement, Outcome, Purpose, Trial, TrialFinished, TrialStarted, Verdict
 from raysearch.study import Settings, Study
 from raysearch.tally import Fate
 
@@ -156,6 +157,12 @@ def test_the_summary_names_champion_noise_and_every_step(study: Study) -> None:
     assert "better (±" in cpu
     assert f"{abs(at.delta or 0) / at.noise.sigma:.1f} σ" in cpu
     assert f"Second held-out split (reported, never used to decide): {at.holdout:.4f}, baseline" in cpu
+    assert "Whole evaluation set" not in cpu  # every trial is scored on it
+    gpu = part(text, "## rtx3060-12gb")
+    assert (
+        f"Whole evaluation set (reported; a part of it decides): {tally.standing(study, 'rtx3060-12gb').whole:.4f}"
+        in gpu
+    )
     for step, win in enumerate(study.lane("cpu").wins, start=1):
         assert f"| {step} | `{win.commit[:7]}` | {win.candidate} | -" in cpu
 
@@ -256,6 +263,140 @@ def test_hostile_text_breaks_no_table_of_the_summary() -> None:
     assert "<script>" not in text.replace("\\<", "")
     (row,) = [line for line in text.splitlines() if line.startswith("| 1 |")]
     assert row.replace("\\|", "").count("|") == 8
+
+
+# ---- the card ----
+
+
+class Carded(Simulation):
+    """Trials that tell of their card: slot gpu-1 is throttled, and the idea `faster` has 10% more tokens a second."""
+
+    def _measurement(self, trial: Trial, started_at: float) -> Measurement:
+        found = super()._measurement(trial, started_at)
+        hot = self.history.study.trials[trial.id].slot == "gpu-1"
+        tokens_per_s = 14_000.0 * (1.1 if trial.candidate == "c0001" else 1.0)
+        told = {
+            "tokens_per_s": tokens_per_s,
+            "total_tokens": 60 * tokens_per_s,
+            "mfu_measured_percent": 44.4,
+            "matmul_tflops": 20.4,
+            "energy_j": 12_500.0,
+            "power_w": 168.0,
+            "sm_clock_mhz": 1500.0 if hot else 1800.0,
+            "sm_clock_max_mhz": 2100.0,
+            "temperature_c": 88.0 if hot else 71.0,
+            "power_capped_share": 0.25,
+            "throttled_share": 0.6 if hot else 0.0,
+            **({"throttled": 1.0} if hot else {}),
+        }
+        return dataclasses.replace(found, facts=found.facts | told)
+
+
+@pytest.fixture(scope="module")
+def carded() -> Study:
+    history = History(Settings(max_trials=12))
+    three = dataclasses.replace(GPU, slots=("gpu-0", "gpu-1", "gpu-2"))
+    history.start(three)
+    ideas = [Idea("faster", -0.011), *(Idea(f"worse {number}", 0.02) for number in range(11))]
+    Carded(history, {GPU.profile.slug: ideas}, three).run()
+    return history.study
+
+
+def test_the_summary_tells_how_well_the_card_was_used_what_that_took_and_what_was_throttled(carded: Study) -> None:
+    card = part(report.summary_markdown(carded, name="s", metric="val_bpb"), "### Card")
+    assert (
+        "- MFU: 31.2 % of the card's peak by the table, 44.4 % of a matmul measured at the slot's start (20.4 TFLOPS)."
+        in card
+    )
+    count = sum(run.measurement is not None for run in carded.trials.values())
+    assert f"- Energy: 12.5 kJ a trial, 168 W while training; {count * 12.5 / 3600:.2f} kWh in all." in card
+    assert "- Clock: 1800 of 2100 MHz, held by the power limit for 25 % of the training." in card
+    assert "- Temperature: 71 °C at a trial's hottest, 88 °C at most." in card
+    assert f"- These are medians of {count} measured trials." in card
+    (heat,) = [one for one in carded.lane(GPU.profile.slug).heat.values() if one.throttled]
+    assert len(heat.throttled) >= 3
+    assert f"- Throttled, by heat or the power brake: {len(heat.throttled)} trials (" in card
+    assert heat.throttled[-1] in card
+    assert f"  - gpu-1: {heat.trials} of {heat.trials} trials, 60 % of their training." in card
+
+
+def test_a_slot_that_was_throttled_again_and_again_was_set_aside(carded: Study) -> None:
+    assert set(carded.aside) == {"gpu-1"}
+    assert "see to its cooling and power" in report.summary_markdown(carded, name="s", metric="val_bpb")
+
+
+def test_a_win_is_taken_apart_into_speed_and_learning(carded: Study) -> None:
+    (win,) = carded.lane(GPU.profile.slug).wins
+    state = carded.candidate(win.candidate)
+    found = tally.gains(carded, state)
+    assert state.delta is not None
+    assert found is not None
+    assert found.speed == pytest.approx(1.1)
+    assert found.learning == pytest.approx(state.delta + 0.04 * math.log2(1.1))
+    ratchet = part(report.summary_markdown(carded, name="s", metric="val_bpb"), "### Ratchet")
+    assert "| delta ± se | speed | learning | pairs |" in ratchet
+    assert f"| +10.0 % | ≈ {found.learning:+.4f} |" in ratchet
+    assert "an estimate of what is left of the delta at equal tokens" in ratchet
+    other = part(report.summary_markdown(carded, name="s", metric="loss"), "### Ratchet")
+    assert "learning" not in other
+
+
+def test_what_is_learned_at_equal_tokens_is_not_estimated_for_a_cpu_nor_for_programs_that_tell_no_tokens(
+    study: Study,
+) -> None:
+    history = History(Settings(max_trials=4))
+    history.start(CPU)
+    Carded(history, {"cpu": [Idea("faster", -0.5)]}, CPU).run()
+    (win,) = history.study.lane("cpu").wins
+    found = tally.gains(history.study, history.study.candidate(win.candidate))
+    assert found is not None
+    assert (found.speed, found.learning) == (pytest.approx(1.1), None)
+    assert "| +10.0 % | – |" in report.summary_markdown(history.study, name="s", metric="val_bpb")
+    assert all(tally.gains(study, study.candidate(win.candidate)) is None for win in study.lane("cpu").wins)
+    assert "learning is" not in report.summary_markdown(study, name="s", metric="val_bpb").lower()
+
+
+def test_a_greedy_win_without_pairs_is_taken_apart_by_all_runs_of_both_sides() -> None:
+    history = History(Settings(max_trials=4, rules=judge.Rules(greedy=True)))
+    history.start(GPU)
+    Carded(history, {GPU.profile.slug: [Idea("faster", -0.011)]}, GPU).run()
+    (win,) = history.study.lane(GPU.profile.slug).wins
+    found = tally.gains(history.study, history.study.candidate(win.candidate))
+    assert found is not None
+    assert found.speed == pytest.approx(1.1)
+
+
+def test_the_status_and_the_results_name_throttled_trials(carded: Study) -> None:
+    found = report.status(carded, name="s", metric="val_bpb", now=carded.last_at, running=False)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    (profile,) = found["profiles"]
+    (slot,) = profile["throttled_slots"]
+    assert (slot["slot"], slot["share"], slot["trials"]) == ("gpu-1", 0.6, len(slot["throttled"]))
+    assert (profile["mfu_percent"], profile["mfu_measured_percent"]) == (31.2, 44.4)
+    assert (profile["energy_kj"], profile["temperature_c"]) == (12.5, 71.0)
+    text = report.status_text(found)
+    figures = "MFU 31.2 % of the table's peak, MFU 44.4 % of the measured matmul, 12.5 kJ a trial, 71 °C"
+    assert f"{GPU.profile.slug}: {figures}" in text
+    assert f"gpu-1: throttled in {slot['trials']} of {slot['trials']} trials, 60 % of their training; last: " in text
+    assert slot["throttled"][-1] in text
+    rows = rows_of(carded)
+    assert {row["energy_kj"] for row in rows} == {"12.5"}
+    marked = {run.trial.candidate for run in carded.trials.values() if run.slot == "gpu-1" and run.measurement}
+    assert {row["candidate"] for row in rows if row["throttled"] != "0"} <= marked
+
+
+def test_of_programs_that_tell_nothing_of_a_card_there_is_no_such_part(tmp_path: Path) -> None:
+    class Bare(Simulation):
+        def _measurement(self, trial: Trial, started_at: float) -> Measurement:
+            return dataclasses.replace(super()._measurement(trial, started_at), facts={})
+
+    history = History(Settings(max_trials=2))
+    history.start(CPU)
+    Bare(history, {"cpu": [Idea("worse", 0.3)]}, CPU).run()
+    assert tally.card_use(history.study, "cpu") is None
+    assert "### Card" not in report.summary_markdown(history.study, name="s", metric="score")
+    found = report.status(history.study, name="s", metric="score", now=history.at, running=False)
+    assert "MFU" not in report.status_text(found)
 
 
 # ---- progress.png ----

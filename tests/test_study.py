@@ -252,8 +252,10 @@ def test_the_second_split_is_measured_once_of_what_may_become_a_step():
     told.promise(name)
     assert [trial.id for trial in told.could().values() if trial.holdout] == [f"{name}-pair1"]
     told.start(f"{name}-pair1")
-    told.add(TrialFinished(f"{name}-pair1", 1, Outcome.MEASURED, "", Measurement(0.7, wall_s=20.0, holdout=0.9)))
-    assert told.study.holdout(name) == 0.9
+    told.add(
+        TrialFinished(f"{name}-pair1", 1, Outcome.MEASURED, "", Measurement(0.7, wall_s=20.0, holdout=0.9, whole=0.8))
+    )
+    assert (told.study.holdout(name), told.study.whole(name)) == (0.9, 0.8)
 
 
 def test_equal_trees_of_two_profiles_are_two_programs():

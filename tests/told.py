@@ -127,9 +127,10 @@ class Told:
         seconds: float = TRIAL_S,
         halfway: float | None = None,
         speed: float = 0.0,
+        facts: dict[str, float] | None = None,
     ) -> None:
         attempt = self.study.trials[trial_id].attempt
-        facts = {"tokens_per_s": speed} if speed else {}
+        facts = ({"tokens_per_s": speed} if speed else {}) | (facts or {})
         measurement = None if value is None or outcome else Measurement(value, wall_s=seconds, facts=facts)
         outcome = outcome or (Outcome.MEASURED if measurement else Outcome.CRASHED)
         reason = "" if measurement else "why"

@@ -104,8 +104,13 @@ def program(**knobs: Any) -> str:
 
 def module_of(folder: Path, **knobs: Any) -> ModuleType:
     """train.py with other values, executed."""
+    return module_from(program(**knobs), folder)
+
+
+def module_from(source: str, folder: Path) -> ModuleType:
+    """A program, written into the folder and executed."""
     path = folder / "train_module.py"
-    path.write_text(program(**knobs))
+    path.write_text(source)
     spec = importlib.util.spec_from_file_location("train_module", path)
     assert spec is not None
     assert spec.loader is not None

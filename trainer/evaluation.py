@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from trainer.errors import ContractError
+from trainer.memory import GB, is_out_of_memory, release, room
 from trainer.reporter import Reporter
 from trainer.rows import Data, Split
 
@@ -21,27 +22,42 @@ _cross_entropy = torch.nn.functional.cross_entropy  # taken now: a candidate may
 
 CPU_EVAL_TOKENS = 2048
 CPU_CHECKED_ROWS = 8  # of the evaluation's rows; on CUDA a whole batch, so that nothing is compiled anew
-CUDA_EVAL_TOKENS_PER_GB = 1024  # of the card's whole memory, so that every candidate is scored in the same batches
+CUDA_EVAL_TOKENS_PER_GB = (
+    1024  # of all memory that the process may use, so that every candidate is scored in the same batches
+)
 LEAK_AT_A_POSITION, LEAK_ON_AVERAGE = 0.05, 0.01  # of the logits' size; bfloat16 rounding stays below 0.01 and 0.004
 
 
 @dataclass(frozen=True)
 class Score:
-    """Cross-entropy of one split: per document nats (float64) and bytes (int64), and the rows that were scored."""
+    """Cross-entropy of one split: per document nats (float64) and bytes (int64), and the rows that were scored.
+
+    Attributes:
+        whole_bpb: Bits per byte of the whole set, of which these are the first rows; None if it was not asked for.
+    """
 
     doc: np.ndarray
     nats: np.ndarray
     bytes: np.ndarray
     tokens: int
+    whole_bpb: float | None = None
 
     @property
     def bpb(self) -> float:
         """Bits per byte over all documents."""
-        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+        return bits_per_byte(self.nats, self.bytes)
 
 
 def evaluate(
-    model: Any, split: Split, data: Data, *, tokens: int | None, device: torch.device, reporter: Reporter, phase: str
+    model: Any,
+    split: Split,
+    data: Data,
+    *,
+    tokens: int | None,
+    whole_tokens: int | None = None,
+    device: torch.device,
+    reporter: Reporter,
+    phase: str,
 ) -> Score:
     """Scores the model on the split's first rows, and checks that it predicts from the past alone.
 
@@ -50,6 +66,8 @@ def evaluate(
         split: With an index of its documents.
         data: For the sizes of tokens, rows and vocabulary.
         tokens: How many tokens to score, rounded down to whole rows; None for all.
+        whole_tokens: How many tokens are the whole set: the rows beyond `tokens` are scored on top of them, for
+            `whole_bpb`. None, or no more than `tokens`: there is no other set.
         device: Where the model is.
         reporter: Is told the progress.
         phase: Under this name.
@@ -59,21 +77,54 @@ def evaluate(
             batch, or on earlier calls.
     """
     rows, batch_rows = _scored(split, data, tokens, device)
+    whole = split.rows[: max(len(rows), _row_count(split, data, whole_tokens) if whole_tokens else 0)]
     while True:
         try:
             scorer = Scorer(model, device, data.vocab_size)
-            nats = scorer.nats(rows, batch_rows, lambda share: reporter.phase(phase, share))
+            nats = scorer.nats(rows, batch_rows, lambda share: reporter.phase(phase, share * len(rows) / len(whole)))
             checked = batch_rows if device.type == "cuda" else min(batch_rows, CPU_CHECKED_ROWS)
             scorer.check_honesty(rows[:checked], nats[:checked])
             break
-        except torch.OutOfMemoryError:
-            if batch_rows == 1:
+        except Exception as error:  # the candidate may wrap it
+            if batch_rows == 1 or not is_out_of_memory(error):
                 raise
             batch_rows //= 2
-        torch.cuda.empty_cache()
+        release(device)
     assert split.index is not None
     doc, doc_nats, doc_bytes = by_document(rows, nats, split.index, data.token_bytes)
-    return Score(doc, doc_nats, doc_bytes, rows.shape[0] * data.row_tokens)
+    whole_bpb = None
+    if len(whole) > len(rows):
+        rest = whole[len(rows) :]
+        done = len(rows) / len(whole)
+        more = scorer.nats(rest, batch_rows, lambda share: reporter.phase(phase, done + (1 - done) * share))
+        _, all_nats, all_bytes = by_document(whole, np.concatenate([nats, more]), split.index, data.token_bytes)
+        whole_bpb = bits_per_byte(all_nats, all_bytes)
+    return Score(doc, doc_nats, doc_bytes, rows.shape[0] * data.row_tokens, whole_bpb)
+
+
+def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
+    """Bits per byte over all documents, from their nats and bytes."""
+    return float(nats.sum() / math.log(2) / size.sum())
+
+
+def evaluation_id(split: Split, data: Data, tokens: int | None, whole_tokens: int | None) -> str:
+    """Names an evaluation: its version, the tokens that decide, and those of the whole set where that is larger."""
+    rows = _row_count(split, data, tokens)
+    whole = _row_count(split, data, whole_tokens) if whole_tokens else 0
+    name = f"{data.evaluation_version}-{rows * data.row_tokens}"
+    return f"{name}-{whole * data.row_tokens}" if whole > rows else name
+
+
+def predicted_s(tokens: int, *, flops_per_token: float, peak_tflops: float, share_of_peak: float) -> float:
+    """Seconds that scoring takes if the forward pass reaches that share of the card's peak; compilation comes on top.
+
+    Args:
+        tokens: How many are scored.
+        flops_per_token: Of forward and backward pass, as a model says of itself; the forward pass is a third of it.
+        peak_tflops: Of the card, dense, in 10^12 operations a second.
+        share_of_peak: By the same count of operations.
+    """
+    return tokens * flops_per_token / 3 / (peak_tflops * 1e12 * share_of_peak)
 
 
 def evaluate_slice(
@@ -116,14 +167,18 @@ def evaluate_slice(
         nats = scorer.costs(rows, batch_rows, lambda share: reporter.phase(phase, share))
     assert split.index is not None
     _, doc_nats, doc_bytes = by_document(rows, nats, split.index, data.token_bytes)
-    return float(doc_nats.sum() / math.log(2) / doc_bytes.sum())
+    return bits_per_byte(doc_nats, doc_bytes)
 
 
 def _scored(split: Split, data: Data, tokens: int | None, device: torch.device) -> tuple[np.ndarray, int]:
     """The rows that count, and how many of them make a batch."""
-    wanted = len(split.rows) if tokens is None else max(1, tokens // data.row_tokens)
-    rows = split.rows[: min(wanted, len(split.rows))]
+    rows = split.rows[: _row_count(split, data, tokens)]
     return rows, max(1, min(evaluation_batch_tokens(device) // data.row_tokens, len(rows)))
+
+
+def _row_count(split: Split, data: Data, tokens: int | None) -> int:
+    """How many whole rows that many tokens are, of those that are there; None for all."""
+    return len(split.rows) if tokens is None else min(max(1, tokens // data.row_tokens), len(split.rows))
 
 
 @contextlib.contextmanager
@@ -149,8 +204,12 @@ def evaluation_batch_tokens(device: torch.device) -> int:
     """Tokens of one batch of the evaluation: depends on the machine alone, never on the candidate."""
     if device.type != "cuda":
         return CPU_EVAL_TOKENS
-    total_gb = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return 2 ** int(math.log2(total_gb * CUDA_EVAL_TOKENS_PER_GB))
+    return cuda_batch_tokens(room().total_bytes)
+
+
+def cuda_batch_tokens(total_bytes: int) -> int:
+    """A power of two by the card's memory; a card sold as 8 GB reports a little less, so a tenth is forgiven."""
+    return 2 ** int(math.log2(1.1 * total_bytes / GB * CUDA_EVAL_TOKENS_PER_GB))
 
 
 def by_document(

@@ -37,6 +37,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     budget.add_argument("--budget-tokens", type=_positive(int), help="tokens of training instead: reproducible")
     parser.add_argument("--eval-tokens", type=_positive(int), help="tokens to score (whole rows); default: all")
     parser.add_argument(
+        "--whole-tokens",
+        type=_positive(int),
+        help="with --holdout: tokens of the whole set, scored beyond --eval-tokens",
+    )
+    parser.add_argument(
         "--slice-tokens", type=_whole, help="of these, tokens to score at half of the budget; default: 0"
     )
     parser.add_argument(
@@ -45,6 +50,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--holdout", action="store_true", help="score the second held-out split too")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=_positive(int), help="CPU threads of this process")
+    parser.add_argument(
+        "--memory-gb",
+        type=_positive(float),
+        metavar="GIB",
+        help="GiB of the card that this process may use; default: $RAYSEARCH_MEMORY_GB, else all",
+    )
+    parser.add_argument(
+        "--capability",
+        metavar="X.Y",
+        help="choose kernels as on an older card, for tests; default: $RAYSEARCH_CAPABILITY, else the card's own",
+    )
     read = parser.parse_args(arguments)
     if read.futile_above is not None and not read.slice_tokens:
         parser.error("--futile-above without --slice-tokens: there is nothing to compare with; give both")
@@ -121,13 +137,26 @@ import numpy as np
 import torch
 
 from trainer.errors import ContractError, Futile, TrainingFailure, UsageError
-from trainer.evaluation import evaluate, evaluate_slice
+from trainer.evaluation import evaluate, evaluate_slice, evaluation_id
+from trainer.memory import begin_anew, hold, is_out_of_memory, let_go
 from trainer.reporter import Reporter, write_json
 from trainer.rows import load_data
 from trainer.run import Run
-from trainer.telemetry import flops_per_token, memory_mb, parameters_of, peak_tflops, shape_of, spawned_at
+from trainer.sampler import Sampler
+from trainer.telemetry import (
+    flops_per_token,
+    measured_tflops,
+    memory_mb,
+    parameters_of,
+    peak_tflops,
+    shape_of,
+    spawned_at,
+)
 
 _LOADED_AT = _IMPORTED_AT = _wall_clock()
+
+OOM_RETRIES = 3
+OOM_LOST_SHARE = 0.25  # of the budget, spent in trainings that ran out of memory: a trial's limit leaves time for half
 
 EXIT_CODES = {"measured": 0, "crashed": 1, "invalid": 3, "out_of_memory": 4, "futile": 5}
 
@@ -163,6 +192,8 @@ class Trial:
         self.arguments = arguments
         self.train_file, self.out = Path(arguments.train_file), Path(arguments.out)
         self.device = pick_device(arguments.device)
+        self.sampler = Sampler(self.device)
+        hold(self.device, memory_gb=arguments.memory_gb, capability=arguments.capability)
         self.data = load_data(Path(arguments.data), holdout=arguments.holdout)
         try:
             program = self.train_file.read_bytes()
@@ -174,28 +205,33 @@ class Trial:
             raise UsageError(
                 f"{error.filename}: {error.strerror}; give a readable --train-file and a writable --out"
             ) from None
-        self.run = Run(
-            self.data,
-            device=self.device,
-            seed=arguments.seed,
-            budget_s=arguments.budget_s,
-            budget_tokens=arguments.budget_tokens,
-            reporter=self.reporter,
-            program_sha256=hashlib.sha256(program).hexdigest(),
-            at_half=self._halfway if arguments.slice_tokens else None,
-        )
+        self.program_sha256 = hashlib.sha256(program).hexdigest()
+        self.run = self._new_run()
         spawned = spawned_at(_FIRST_LINE_AT)
         began = max(_FIRST_LINE_AT, spawned)  # a process in waiting had its first line before the trial began
         self.seconds = {"start": began - spawned, "import": _IMPORTED_AT - began}
         self.import_ahead_s = min(_LOADED_AT, began) - _FIRST_LINE_AT
         self.seconds["data"] = _clock() - created
         self.result: dict[str, Any] = {"outcome": "crashed", "reason": "", "val_bpb": None, "holdout_bpb": None}
-        self.result["halfway_bpb"] = None
+        self.result |= {"halfway_bpb": None, "whole_bpb": None, "oom_retries": 0}
+
+    def _new_run(self, most_tokens: int | None = None) -> Run:
+        return Run(
+            self.data,
+            device=self.device,
+            seed=self.arguments.seed,
+            budget_s=self.arguments.budget_s,
+            budget_tokens=self.arguments.budget_tokens,
+            reporter=self.reporter,
+            program_sha256=self.program_sha256,
+            at_half=self._halfway if self.arguments.slice_tokens else None,
+            most_tokens=most_tokens,
+        )
 
     def perform(self) -> str:
         """Trains and scores; returns the outcome, with the reason in `result`."""
         try:
-            model = self._train()
+            model = self._train_until_it_fits()
             self._score(model)
         except (ContractError, TrainingFailure) as error:
             return self._end("invalid" if isinstance(error, ContractError) else "crashed", str(error))
@@ -208,6 +244,29 @@ class Trial:
             text = str(error).strip().partition("\n")[0]
             return self._end("crashed", f"{type(error).__name__}: {text}" if text else type(error).__name__)
         return self._end("measured", "")
+
+    def _train_until_it_fits(self) -> Any:
+        """Trains; begins anew with fewer rows at once when memory runs out, as long as there is time for that."""
+        lost = 0.0  # shares of the budget
+        started = _clock()
+        while True:
+            try:
+                return self._train()
+            except BaseException as error:  # the candidate may raise anything
+                lost += self.run.progress
+                tokens = self.run.smaller_micro_batch() if is_out_of_memory(error) else None
+                again = tokens is not None and self.result["oom_retries"] < OOM_RETRIES and lost <= OOM_LOST_SHARE
+                if not again:
+                    raise
+                print(f"out of memory: {str(error).partition(chr(10))[0]}", flush=True)
+                self._remember_to_halve()
+                let_go(error)
+            print(f"the training begins anew, with at most {tokens} tokens at once", flush=True)
+            self.result["oom_retries"] += 1
+            self.reporter = Reporter(self.out)
+            self.run = self._new_run(tokens)
+            begin_anew(self.device)
+            self.seconds["retries"] = _clock() - started
 
     def _train(self) -> Any:
         self.reporter.phase("first_step")
@@ -223,6 +282,7 @@ class Trial:
             self.seconds["train"] = record.training_s
             self.reporter.close_curve()
         self.run.check()
+        self.seconds["train"] = record.training_s
         if not isinstance(model, torch.nn.Module):
             raise ContractError(f"train(run) returned {type(model).__name__}; it must return the model, an nn.Module")
         return model
@@ -250,6 +310,7 @@ class Trial:
             return
         finally:
             self.seconds["halfway"] = _clock() - started
+            self.sampler.pauses.append((started, _clock()))
         self.result["halfway_bpb"] = bpb if math.isfinite(bpb) else None
         if limit is not None and not bpb <= limit:
             raise Futile(f"{bpb:.6f} bits per byte on a slice at half of the budget, wanted at most {limit:.6f}")
@@ -259,8 +320,11 @@ class Trial:
         depth, _ = shape_of(model)
         flops = flops_per_token(model)
         peak = peak_tflops(torch.cuda.get_device_name()) if self.device.type == "cuda" else None
+        measured = measured_tflops()
         self.result |= {
             "mfu_percent": round(record.tokens_per_s * flops / peak / 1e10, 2) if peak else None,
+            "mfu_measured_percent": round(record.tokens_per_s * flops / measured / 1e10, 2) if measured else None,
+            "matmul_tflops": measured,
             "num_params": parameters_of(model),
             "depth": depth,
             "flops_per_token": flops,
@@ -279,6 +343,7 @@ class Trial:
                 self.data.splits[split],
                 self.data,
                 tokens=self.arguments.eval_tokens,
+                whole_tokens=self._whole_tokens(split),
                 device=self.device,
                 reporter=self.reporter,
                 phase=phase,
@@ -288,17 +353,26 @@ class Trial:
         np.savez(self.out / "documents.npz", doc=val.doc, nats=val.nats, bytes=val.bytes)
         self.result["val_bpb"] = val.bpb
         self.result["holdout_bpb"] = scores["holdout"].bpb if "holdout" in scores else None
-        self.result["evaluation"] = f"{self.data.evaluation_version}-{val.tokens}"
+        self.result["whole_bpb"] = val.whole_bpb
+        sizes = (self.arguments.eval_tokens, self.arguments.whole_tokens)
+        self.result["evaluation"] = evaluation_id(self.data.splits["val"], self.data, *sizes)
 
-    def _out_of_memory(self, error: BaseException) -> str:
+    def _whole_tokens(self, split: str) -> int | None:
+        return self.arguments.whole_tokens if split == "val" and self.arguments.holdout else None
+
+    def _remember_to_halve(self) -> None:
         if self.run.record.micro_batch_finder:
             self.run.record.micro_batch_finder.halve()
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        self._remember_to_halve()
         print(f"out of memory: {error}", flush=True)
         return self._end("out_of_memory", str(error).partition("\n")[0])
 
     def _end(self, outcome: str, reason: str) -> str:
         """Writes result.json, whatever happened before."""
         record = self.run.record
+        of_card = self.sampler.facts(record.first_step_at, record.training_s + record.paused_s)
         seconds = {
             "build": 0.0,
             "first_step": 0.0,
@@ -307,9 +381,10 @@ class Trial:
             "eval": 0.0,
             "holdout": 0.0,
         } | self.seconds
-        absent = dict.fromkeys(("mfu_percent", "num_params", "depth", "flops_per_token", "evaluation"))
+        mfu = ("mfu_percent", "mfu_measured_percent", "matmul_tflops")
+        absent = dict.fromkeys((*mfu, "num_params", "depth", "flops_per_token", "evaluation"))
         if outcome != "measured":
-            self.result |= {"val_bpb": None, "holdout_bpb": None}
+            self.result |= {"val_bpb": None, "holdout_bpb": None, "whole_bpb": None}
         self.result = {
             **absent,
             **self.result,
@@ -318,10 +393,12 @@ class Trial:
             "training_seconds": round(record.training_s, 3),
             "total_seconds": round(_wall_clock() - spawned_at(_FIRST_LINE_AT), 3),
             **memory_mb(self.device),
+            **of_card,
             "total_tokens": record.tokens_at_steps,
             "num_steps": record.steps,
             "tokens_per_s": round(record.tokens_per_s, 1),
             "micro_batch_rows": record.batch_shape[0] if record.batch_shape else None,
+            "micro_batch_probes": record.micro_batch_finder.probes if record.micro_batch_finder else 0,
             "seed": self.arguments.seed,
             "import_ahead_seconds": round(self.import_ahead_s, 3),  # spent before the trial began
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -329,25 +406,6 @@ class Trial:
         self.reporter.phase("done", 1.0)
         write_json(self.out / "result.json", self.result)
         return outcome
-
-
-OUT_OF_MEMORY_TEXTS = (
-    "can't allocate memory",  # torch's allocator on the CPU
-    "CUDA error: out of memory",  # the driver's, for what does not go through torch's allocator
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out, also when a compiler or a candidate wrapped the error into one of its own."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            return True
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -63,6 +63,18 @@ def peak_tflops(card: str) -> float | None:
     return None
 
 
+def measured_tflops() -> float | None:
+    """What a matmul reached on this slot when it was set up (`trainer.gauge`), as the worker says; None unless it does.
+
+    It is in RAYSEARCH_MATMUL_TFLOPS, in 10^12 operations a second.
+    """
+    try:
+        tflops = float(os.environ["RAYSEARCH_MATMUL_TFLOPS"])
+    except (KeyError, ValueError):
+        return None
+    return tflops if 0 < tflops < float("inf") else None
+
+
 def memory_mb(device: torch.device) -> dict[str, float]:
     """Peak memory: reserved by torch, in use by this process as the driver sees it, and of the process on the host."""
     import resource  # noqa: PLC0415  # POSIX alone
@@ -81,17 +93,28 @@ def memory_mb(device: torch.device) -> dict[str, float]:
 
 def _driver_memory_mb(device: torch.device) -> float:
     """What NVML says that this process holds; 0 when it cannot say (no library, another pid namespace)."""
+    found = nvml_of(device)
+    if found is None:
+        return 0.0
+    nvml, handle = found
+    try:
+        mine = [p for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+        return sum(p.usedGpuMemory or 0 for p in mine) / 2**20
+    except nvml.NVMLError:
+        return 0.0
+
+
+def nvml_of(device: torch.device) -> tuple[Any, Any] | None:
+    """The module pynvml and its handle of the device, by the card's UUID; None when there is no such thing."""
     try:
         import pynvml  # noqa: PLC0415  # only on a machine with a GPU
     except ImportError:
-        return 0.0
+        return None
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        mine = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-        return sum(p.usedGpuMemory or 0 for p in mine) / 2**20
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except pynvml.NVMLError:
-        return 0.0
+        return None
 
 
 def spawned_at(first_line_at: float) -> float:

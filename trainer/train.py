@@ -3,8 +3,11 @@
 The harness calls `train(run)`. Clock, order of the data and score are the harness's; all the rest is decided here.
 """
 
+import functools
 import importlib.util
 import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +25,12 @@ MODEL_DIM = 512  # in [32, 1024] log: width of the residual stream, before it is
 HEAD_DIM = 128  # in {16, 32, 64, 128}: width of an attention head
 MLP_RATIO = 4  # in [1, 8] log: hidden width of the MLP over the residual stream's
 SEQ_LEN = 2048  # in {64, 128, 256, 512, 1024, 2048}: tokens of a training row, and the longest look back
-WINDOW_PATTERN = "SSSL"  # in {"L", "SL", "SSSL", "XL", "XXXL"}: layers look back SEQ_LEN (L), 1/2 (S) or 1/8 (X) of it
+WINDOW_PATTERN = "SSSL"  # in {"L", "SL", "SSSL", "XL", "XXXL", "XXXXL"}: layers look back SEQ_LEN (L), 1/2 (S), 1/8 (X)
 VALUE_EMBEDS = True  # in {True, False}: every other layer adds an embedding of the token to its values
 SOFT_CAP = 15.0  # logits are squashed into ±SOFT_CAP
-X0_INIT = 0.1  # how much of the token embedding each layer adds again, at first
-ROPE_BASE = 10000.0  # the rotary embedding's longest wavelength, over 2π
+INIT_SCALE = 0.68  # standard deviation of the matrices that read the residual stream, times the root of its width
+X0_INIT = 0.05  # how much of the token embedding each layer adds again, at first
+ROPE_BASE = 200000.0  # the rotary embedding's longest wavelength, over 2π
 # Batch
 # rule: TOTAL_BATCH_SIZE % SEQ_LEN == 0
 # rule: DEVICE_BATCH_SIZE == 0 or TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * SEQ_LEN) == 0
@@ -40,10 +44,13 @@ UNEMBEDDING_LR = 0.004  # in [0.002, 0.1] log: Adam, the output matrix, at width
 SCALAR_LR = 0.5  # Adam, the scalars of the residual stream
 WEIGHT_DECAY = 0.2  # in [0.0, 0.5]: of the matrices, where it agrees with the update's sign; falls to 0
 MUON_MOMENTUM = 0.95  # reached after MOMENTUM_WARMUP
-MOMENTUM_WARMUP = 0.3  # share of the budget in which the momentum rises from 0.85
+MOMENTUM_WARMUP = 0.15  # share of the budget in which the momentum rises from 0.85
 MUON_BETA2 = 0.95  # mean of the squares of Muon's updates, a neuron
-UNEMBEDDING_DECAY = 0.01  # the embeddings are better off without
+UNEMBEDDING_DECAY = 0.01  # of the output matrix
+EMBEDDING_DECAY = 0.001  # of the token embedding
+VALUE_EMBED_DECAY = 0.003  # of the value embeddings
 ADAM_BETA1 = 0.8  # mean of Adam's gradients
+X0_BETA1 = 0.96  # the same for the scalars of the token embedding
 ADAM_BETA2 = 0.95  # mean of their squares
 # Schedule of the learning rates: up, flat, down
 WARMUP_RATIO = 0.0  # in [0.0, 0.6]: share of the budget that goes up from 0
@@ -59,10 +66,33 @@ WIDTH = HEADS * HEAD_DIM
 # What this machine can do
 # ----------------------------------------------------------------------------------------------------------------------
 
+HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    torch._dynamo.config.recompile_limit = 64  # one graph a shape of batch, with and without gradients
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile pays: on a CPU the first compiled step takes longer than the whole budget."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+def compiled(function):
+    """Compiles a function for CUDA tensors and leaves it as it is for others: on a CPU that takes longer than it saves.
+
+    Small functions on tensors, and not the whole model: layers of one shape share a graph, which is compiled once in a
+    few seconds, and found again in the cache after an edit of anything else.
+    """
+    if not HAS_TRITON:
+        return function
+    fast = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*inputs, **options):
+        return (fast if inputs[0].is_cuda else function)(*inputs, **options)
+
+    return call
+
+
+@functools.cache
+def has_hopper_kernels() -> bool:
+    """Whether the kernels below that are written for Hopper run here; every one of them has a plain version."""
+    hopper = HAS_TRITON and torch.cuda.get_device_capability()[0] == 9
+    return hopper and importlib.util.find_spec("cudnn") is not None
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -72,48 +102,20 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention
+# The parts of a layer, as plain functions of (B, T, …) tensors
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-def visible(window: int, q: Tensor, k: Tensor) -> Tensor:
-    """Whether the token at q sees the one at k: itself and the window - 1 tokens before it."""
-    return (k <= q) & (q - k < window)
+EPSILON = 1e-6
 
 
-def attention_mask(T: int, window: int, device: torch.device):
-    """How attention(…) is to look back `window` tokens in rows of T: a backend that this machine has, by its mask.
-
-    Returns:
-        None: everything before, SDPA's own causal kernels. A BlockMask: FlexAttention, which skips the blocks outside
-        the window. A bool tensor (T, T): SDPA with a mask, which runs everywhere and skips nothing.
-    """
-    if window >= T:
-        return None
-    if can_compile(device) and torch.cuda.get_device_capability(device) >= (8, 0) and T % 128 == 0:
-        from torch.nn.attention.flex_attention import create_block_mask  # noqa: PLC0415 - a second, on CUDA alone
-
-        return create_block_mask(lambda b, h, q, k: visible(window, q, k), None, None, T, T, device=device)
-    places = torch.arange(T, device=device)
-    return visible(window, places[:, None], places[None, :])
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPSILON)
 
 
-# The first of these that can run is taken. On an H100 cuDNN needs 2.6 ms where flash needs 4.5 (docs/adr/0004).
-SDPA_ORDER = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0):
-    SDPA_ORDER.insert(0, SDPBackend.CUDNN_ATTENTION)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Softmax attention of (B, H, T, D) tensors under a mask of attention_mask(…): every backend is called here."""
-    if mask is not None and not isinstance(mask, Tensor):
-        from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
-
-        return flex_attention(q, k, v, block_mask=mask)
-    if not q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    with sdpa_kernel(SDPA_ORDER, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """The linear map of a float32 weight (outputs, inputs), computed in x's precision."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,9 +124,564 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
 
 
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
+@compiled
+def embed(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised embeddings of tokens (B, T), (B, T, C)."""
+    return norm(F.embedding(tokens, table)).to(dtype)
+
+
+def plain_add_norm(
+    x: Tensor, other: Tensor | None, x0: Tensor | None, keep: Tensor | None, add: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Adds to the residual stream (B, T, C), mixes the token embedding in, and returns it, plain and normalised."""
+    x = x if other is None else x + other
+    if x0 is not None and keep is not None and add is not None:
+        x = keep.to(x.dtype) * x + add.to(x.dtype) * x0
+    return x, norm(x)
+
+
+@compiled
+def split_heads(
+    qkv: Tensor, gates: Tensor | None, table: Tensor | None, tokens: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, rotated and normalised, and values with their gated embedding: (B, T, H, D) each."""
+    q, k, v = qkv.view(*tokens.shape, 3, HEADS, HEAD_DIM).unbind(2)
+    if gates is not None and table is not None:
+        v = v + gates.unsqueeze(-1) * F.embedding(tokens, table).to(v.dtype).view(v.shape)
+    return norm(rotate(q, cos, sin)).to(v.dtype), norm(rotate(k, cos, sin)).to(v.dtype), v
+
+
+@compiled
+def plain_mlp(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Two matrices with a squared ReLU between them (arXiv:2109.08668)."""
+    return project(F.relu(project(h, up)).square(), down)
+
+
+@compiled
+def capped_logits(h: Tensor, unembed: Tensor) -> Tensor:
+    """float32 logits (B, T, V), squashed into ±SOFT_CAP."""
+    return SOFT_CAP * torch.tanh(project(h, unembed).float() / SOFT_CAP)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal softmax attention of (B, T, H, D) tensors: a token sees itself and the window - 1 tokens before it.
+
+    Windows skip what they mask wherever FlashAttention 2 runs, from compute capability 8.0 on; elsewhere they do not.
+    """
+    B, T, H, D = q.shape
+    across = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if not q.is_cuda:
+        mask = None if window >= T else visible(window, T, q.device)
+        return F.scaled_dot_product_attention(*across, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+    if window < T and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - torch 2.11
+
+        ends = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
+        rows = [t.reshape(B * T, H, D) for t in (q, k, v)]
+        y = varlen_attn(rows[0], rows[1], rows[2], ends, ends, T, T, window_size=(window - 1, 0))
+        assert isinstance(y, Tensor)
+        return y.view(B, T, H, D)
+    mask = None if window >= T else visible(window, T, q.device)
+    with sdpa_kernel(SDPA_ORDER, set_priority=True):
+        return F.scaled_dot_product_attention(*across, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+SDPA_ORDER = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the first that can run
+
+
+@functools.cache
+def visible(window: int, T: int, device: torch.device) -> Tensor:
+    """Which token (row) sees which (column), bool (T, T)."""
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: what torch.compile does not fuse. Each is an autograd.Function that does what plain functions above do; the
+# functions at the end of this section choose. To change the arithmetic, change the plain one and drop the kernel.
+# ----------------------------------------------------------------------------------------------------------------------
+
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false, reportIndexIssue=false
+# pyright: reportIncompatibleMethodOverride=false
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    @triton.jit
+    def loss_kernel(logits, targets, losses, weight, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+        """One row's cross-entropy after the soft cap; its gradient times weight takes the place of the logits.
+
+        No maximum is subtracted: no capped logit is above CAP.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        target = tl.load(targets + row)
+        column = tl.arange(0, BLOCK)
+        place, inside = logits + row * V + column, column < V
+        x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        t = 2 / (1 + tl.exp(-2 / CAP * x)) - 1  # tanh(x / CAP)
+        powers = tl.where(inside, tl.exp(CAP * t - CAP), 0.0)
+        total, hit = tl.sum(powers), column == target
+        tl.store(losses + row, CAP + tl.log(total) - CAP * tl.sum(tl.where(hit, t, 0.0)))
+        slope = (powers / total - tl.where(hit, 1.0, 0.0)) * (1 - t * t)
+        tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def add_norm_kernel(
+        x, other, x0, keep, add, out, h, head, rows, C: tl.constexpr, HEAD: tl.constexpr, ADDS: tl.constexpr,
+        MIXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """plain_add_norm; also copies the first HEAD channels of the norm."""
+        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+        place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
+        y = tl.load(x + place, inside, 0.0).to(tl.float32)
+        if ADDS:
+            y += tl.load(other + place, inside, 0.0).to(tl.float32)
+        if MIXES:
+            y = tl.load(keep) * y + tl.load(add) * tl.load(x0 + place, inside, 0.0).to(tl.float32)
+        if ADDS or MIXES:
+            tl.store(out + place, y.to(out.dtype.element_ty), inside)
+        y = (y * tl.rsqrt(tl.sum(y * y, 1) / C + 1e-6)[:, None]).to(h.dtype.element_ty)
+        tl.store(h + place, y, inside)
+        if HEAD:
+            tl.store(head + row.to(tl.int64) * HEAD + column, y, inside & (column < HEAD))
+
+    @triton.jit
+    def add_norm_backward_kernel(
+        grad_out, grad_h, grad_head, grad_x0, out, x0, keep, add, grad_x, new_grad_x0, sums, rows, C: tl.constexpr,
+        HEAD: tl.constexpr, HAS_OUT: tl.constexpr, MIXES: tl.constexpr, HAS_X0: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Gradients of x (and other), of x0 on top of what later layers say, and two sums for keep and add."""
+        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+        place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
+        y, g = tl.load(out + place, inside, 0.0).to(tl.float32), tl.load(grad_h + place, inside, 0.0).to(tl.float32)
+        if HEAD:
+            heads = inside & (column < HEAD)
+            g += tl.load(grad_head + row.to(tl.int64) * HEAD + column, heads, 0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(y * y, 1) / C + 1e-6)[:, None]
+        g = scale * (g - y * (scale * scale * (tl.sum(g * y, 1) / C)[:, None]))
+        if HAS_OUT:
+            g += tl.load(grad_out + place, inside, 0.0).to(tl.float32)
+        if MIXES:
+            start = tl.load(x0 + place, inside, 0.0).to(tl.float32)
+            tl.store(sums + 2 * tl.program_id(0), tl.sum(g * y))
+            tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(g * start))
+            into = tl.load(add) * g
+            if HAS_X0:
+                into += tl.load(grad_x0 + place, inside, 0.0).to(tl.float32)
+            tl.store(new_grad_x0 + place, into.to(new_grad_x0.dtype.element_ty), inside)
+            g *= tl.load(keep)
+        tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), inside)
+
+    @triton.jit
+    def heads_kernel(qkv, cos, sin, inverse, rows, T, H: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+        """Rotates and normalises queries and keys in place; notes 1 / RMS of each. A row is a head of a token."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row[:, None] < rows
+        token, head = row // (2 * H), row % (2 * H)
+        column = tl.arange(0, HALF)[None, :]
+        place = qkv + (token.to(tl.int64) * (3 * H) + head)[:, None] * (2 * HALF) + column
+        angle = (token % T)[:, None] * HALF + column
+        c, s = tl.load(cos + angle, inside).to(tl.float32), tl.load(sin + angle, inside).to(tl.float32)
+        left, right = tl.load(place, inside).to(tl.float32), tl.load(place + HALF, inside).to(tl.float32)
+        one, two = left * c + right * s, right * c - left * s
+        scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + 1e-6)
+        tl.store(inverse + row, scale, row < rows)
+        tl.store(place, (one * scale[:, None]).to(qkv.dtype.element_ty), inside)
+        tl.store(place + HALF, (two * scale[:, None]).to(qkv.dtype.element_ty), inside)
+
+    @triton.jit
+    def heads_backward_kernel(
+        grad, qkv, cos, sin, inverse, rows, T, H: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr
+    ):
+        """The gradient of heads_kernel, in place, from its results."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row[:, None] < rows
+        token, head = row // (2 * H), row % (2 * H)
+        column = tl.arange(0, HALF)[None, :]
+        offset = (token.to(tl.int64) * (3 * H) + head)[:, None] * (2 * HALF) + column
+        angle = (token % T)[:, None] * HALF + column
+        c, s = tl.load(cos + angle, inside).to(tl.float32), tl.load(sin + angle, inside).to(tl.float32)
+        one, two = tl.load(qkv + offset, inside).to(tl.float32), tl.load(qkv + offset + HALF, inside).to(tl.float32)
+        g1, g2 = tl.load(grad + offset, inside).to(tl.float32), tl.load(grad + offset + HALF, inside).to(tl.float32)
+        along = ((tl.sum(g1 * one, 1) + tl.sum(g2 * two, 1)) / (2 * HALF))[:, None]
+        scale = tl.load(inverse + row, row < rows)[:, None]
+        g1, g2 = (g1 - one * along) * scale, (g2 - two * along) * scale
+        tl.store(grad + offset, (g1 * c - g2 * s).to(grad.dtype.element_ty), inside)
+        tl.store(grad + offset + HALF, (g1 * s + g2 * c).to(grad.dtype.element_ty), inside)
+
+    @triton.jit
+    def values_kernel(
+        qkv, gates, table, tokens, grad_gates, grad_table, rows, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+        BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        """Adds the gated embedding of the token to the values in place; backward: from their gradient, that of both."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row[:, None] < rows
+        token, head = row // H, row % H
+        column = tl.arange(0, D)[None, :]
+        place = qkv + (token.to(tl.int64) * (3 * H) + 2 * H + head)[:, None] * D + column
+        entry = (tl.load(tokens + token, row < rows, 0) * (H * D) + head * D)[:, None] + column
+        value, embedding = tl.load(place, inside, 0.0).to(tl.float32), tl.load(table + entry, inside, 0.0)
+        gate = tl.load(gates + row, row < rows, 0.0).to(tl.float32)[:, None]
+        if BACKWARD:
+            tl.store(grad_gates + row, tl.sum(value * embedding, 1).to(grad_gates.dtype.element_ty), row < rows)
+            tl.atomic_add(grad_table + entry, gate * value, inside, sem="relaxed")
+        else:
+            tl.store(place, (value + gate * embedding).to(qkv.dtype.element_ty), inside)
+
+    @triton.jit
+    def tile_of(number, tiles_m, tiles_n, GROUP: tl.constexpr):
+        """Row and column of a tile, in an order in which neighbours share their rows in the cache."""
+        first = number // (GROUP * tiles_n) * GROUP
+        size = min(tiles_m - first, GROUP)
+        return first + number % (GROUP * tiles_n) % size, number % (GROUP * tiles_n) // size
+
+    @triton.jit
+    def relu2_kernel(
+        a, b, activation, out, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+        PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        """Writes relu(a bᵀ)²; backward: a b · 2 √activation, the gradient before the squared ReLU. a: (M, K)."""
+        tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+        for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
+            m, n = tile_of(number, tiles_m, tiles_n, 8)
+            sums = tl.zeros((BM, BN), tl.float32)
+            for k in range(0, K, BK):
+                if BACKWARD:
+                    sums = tl.dot(a.load([m * BM, k]), b.load([k, n * BN]), sums)
+                else:
+                    sums = tl.dot(a.load([m * BM, k]), b.load([n * BN, k]).T, sums)
+            # in two halves, which takes half the shared memory
+            left, right = tl.split(tl.permute(tl.reshape(sums, (BM, 2, BN // 2)), (0, 2, 1)))
+            if BACKWARD:
+                left *= 2 * tl.sqrt(activation.load([m * BM, n * BN]).to(tl.float32))
+                out.store([m * BM, n * BN], left.to(tl.bfloat16))
+                right *= 2 * tl.sqrt(activation.load([m * BM, n * BN + BN // 2]).to(tl.float32))
+                out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
+            else:
+                left, right = tl.maximum(left, 0.0), tl.maximum(right, 0.0)
+                out.store([m * BM, n * BN], (left * left).to(tl.bfloat16))
+                out.store([m * BM, n * BN + BN // 2], (right * right).to(tl.bfloat16))
+
+
+class FusedLoss(torch.autograd.Function):
+    """Mean cross-entropy of capped_logits(h, unembed), with its gradients, some thousand tokens at a time.
+
+    Logits of all tokens never exist: they would be the largest tensor of a training by far.
+    """
+
+    CHUNK_LOGITS = 2**27
+
+    @staticmethod
+    def forward(ctx, h: Tensor, unembed: Tensor, targets: Tensor) -> Tensor:
+        """Takes h (B, T, C), unembed (V, C) float32, targets (B, T); returns a 0-d float32 tensor."""
+        rows, weight, targets = h.flatten(0, 1), unembed.to(h.dtype), targets.flatten()
+        (N, V), wants_grad = (len(rows), len(weight)), ctx.needs_input_grad[0]
+        losses = torch.empty(N, device=h.device)
+        grad_rows = torch.empty_like(rows) if wants_grad else None
+        grad_weight = torch.zeros_like(unembed) if wants_grad else None
+        size = max(1, FusedLoss.CHUNK_LOGITS // V)
+        for begin in range(0, N, size):
+            part = slice(begin, begin + size)
+            logits = rows[part] @ weight.mT
+            block = triton.next_power_of_2(V)
+            loss_kernel[(len(logits),)](
+                logits, targets[part], losses[part], 1 / N, V, SOFT_CAP, block, num_warps=min(32, max(4, block // 1024))
+            )
+            if grad_rows is not None and grad_weight is not None:
+                torch.mm(logits, weight, out=grad_rows[part])
+                grad_weight += torch.mm(logits.mT, rows[part], out_dtype=torch.float32)
+        ctx.save_for_backward(grad_rows, grad_weight)
+        ctx.shape = h.shape
+        return losses.mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        """The gradients were made on the way forward."""
+        grad_rows, grad_weight = ctx.saved_tensors
+        return (grad_rows * grad.to(grad_rows.dtype)).view(ctx.shape), grad_weight * grad, None
+
+
+class FusedAddNorm(torch.autograd.Function):
+    """plain_add_norm in one pass over its tensors, forward and backward.
+
+    It also hands x0 on to the next layer, so that the layers' gradients of x0 are added up on the way back, and the
+    first channels of the norm, for the gates.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        other: Tensor | None,
+        x0: Tensor | None,
+        keep: Tensor | None,
+        add: Tensor | None,
+        head: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Takes x, other and x0 (B, T, C), keep and add 0-d float32; returns x, its norm, (B, T, head) of it, x0."""
+        C, rows = x.size(-1), x.numel() // x.size(-1)
+        out = x if other is None and x0 is None else torch.empty_like(x)
+        h, some = torch.empty_like(x), x.new_empty(*x.shape[:-1], head) if head else None
+        ctx.sizes = {"C": C, "HEAD": head, "MIXES": x0 is not None, "BLOCK": triton.next_power_of_2(C)}
+        ctx.sizes["ROWS"] = max(1, 2048 // ctx.sizes["BLOCK"])
+        ctx.grid, ctx.adds = (triton.cdiv(rows, ctx.sizes["ROWS"]),), other is not None
+        add_norm_kernel[ctx.grid](x, other, x0, keep, add, out, h, some, rows, ADDS=ctx.adds, **ctx.sizes)
+        ctx.save_for_backward(out, x0, keep, add)
+        ctx.set_materialize_grads(False)
+        return out, h, some, x0
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_h, grad_some, grad_x0):
+        """With y = keep · x + add · x0, sums over x are had from those over y and x0, without reading x again."""
+        out, x0, keep, add = ctx.saved_tensors
+        grad_out, grad_h, grad_some = (g if g is None else g.contiguous() for g in (grad_out, grad_h, grad_some))
+        rows, mixes = out.numel() // out.size(-1), ctx.sizes["MIXES"]
+        grad_x = torch.empty_like(out)
+        sums = torch.empty(*ctx.grid, 2, device=out.device) if mixes else None
+        new_grad_x0 = (torch.empty_like(out) if grad_x0 is None else grad_x0) if mixes else None
+        add_norm_backward_kernel[ctx.grid](
+            grad_out, grad_h, grad_some, grad_x0, out, x0, keep, add, grad_x, new_grad_x0, sums, rows,
+            HAS_OUT=grad_out is not None, HAS_X0=grad_x0 is not None, **ctx.sizes,
+        )  # fmt: skip
+        grad_other = grad_x if ctx.adds else None
+        if sums is None:
+            return grad_x, grad_other, None, None, None, None
+        with_y, with_x0 = sums.sum(0)
+        grad_keep = (with_y - add * with_x0) / torch.where(keep == 0, torch.inf, keep)
+        return grad_x, grad_other, new_grad_x0, grad_keep, with_x0, None
+
+
+class FusedMLP(torch.autograd.Function):
+    """plain_mlp with the squared ReLU inside the matrix products; keeps one hidden tensor instead of two."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """Takes h (B, T, C), up (R·C, C) and down (C, R·C) float32; returns (B, T, C)."""
+        rows, up16, down16 = h.flatten(0, 1), up.to(h.dtype), down.to(h.dtype)
+        hidden = FusedMLP.launch(rows, up16, None)
+        ctx.save_for_backward(rows, hidden, up16, down16)
+        return (hidden @ down16.mT).view(h.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Through the squared ReLU, whose slope is 2 √hidden."""
+        rows, hidden, up, down = ctx.saved_tensors
+        shape, grad = grad.shape, grad.flatten(0, 1)
+        inner = FusedMLP.launch(grad, down, hidden)
+        grad_down = torch.mm(grad.mT, hidden, out_dtype=torch.float32)
+        grad_up = torch.mm(inner.mT, rows, out_dtype=torch.float32)
+        return (inner @ up).view(shape), grad_up, grad_down
+
+    @staticmethod
+    def launch(a: Tensor, b: Tensor, activation: Tensor | None) -> Tensor:
+        """relu2_kernel on as many programs as the card has processors."""
+        backward = activation is not None
+        (M, K), N = a.shape, b.size(1) if backward else b.size(0)
+        out = torch.empty(M, N, device=a.device, dtype=a.dtype)
+        BM, BN, BK = 128, 256, 64
+        half = TensorDescriptor.from_tensor(out, [BM, BN // 2])
+        programs = torch.cuda.get_device_properties(a.device).multi_processor_count
+        relu2_kernel[(programs,)](
+            TensorDescriptor.from_tensor(a, [BM, BK]),
+            TensorDescriptor.from_tensor(b, [BK, BN] if backward else [BN, BK]),
+            TensorDescriptor.from_tensor(activation, [BM, BN // 2]) if backward else half,
+            half, M, N, K, BM, BN, BK, programs, backward, num_stages=3, num_warps=8,
+        )  # fmt: skip
+        return out
+
+
+class FusedAttention(torch.autograd.Function):
+    """attention(*split_heads(…)) in place: queries, keys and values stay where the projection wrote them.
+
+    cuDNN's own graphs, because SDPA's cuDNN backend has no windows: for 256 of 2048 tokens 1.3 ms instead of the 1.8 of
+    FlashAttention 2 and the 1.7 of FlexAttention, for 1024 2.1 ms instead of 3.2 and 2.7 (docs/LOG.md).
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        qkv: Tensor,
+        gates: Tensor | None,
+        table: Tensor | None,
+        tokens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        window: int,
+    ) -> Tensor:
+        """Overwrites qkv (B, T, 3C) and returns (B, T, C).
+
+        gates (B, T, H), table (V, C) float32, tokens (B, T), cos and sin (T, 1, D/2).
+        """
+        B, T = tokens.shape
+        rows = B * T * 2 * HEADS
+        inverse = torch.empty(rows, device=qkv.device)
+        heads_kernel[(triton.cdiv(rows, 32),)](qkv, cos, sin, inverse, rows, T, HEADS, HEAD_DIM // 2, 32)
+        if gates is not None and table is not None:
+            gates = gates.contiguous()
+            values_kernel[(triton.cdiv(rows // 2, 32),)](
+                qkv, gates, table, tokens, gates, table, rows // 2, HEADS, HEAD_DIM, 32, False
+            )
+        graphs = CudnnAttention.of(B, T, min(window, T), ctx.needs_input_grad[0])
+        y, log_sums = graphs.forward(qkv)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(qkv, y, log_sums, inverse, gates, table, tokens, cos, sin)
+            ctx.graphs = graphs
+        return y.view(B, T, WIDTH)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        """Through cuDNN, the values' embedding, and rotation and norm."""
+        qkv, y, log_sums, inverse, gates, table, tokens, cos, sin = ctx.saved_tensors
+        grad = ctx.graphs.backward(qkv, y, log_sums, grad_y.contiguous())
+        rows = len(inverse)
+        grad_gates = grad_table = None
+        if gates is not None:
+            grad_gates, grad_table = torch.empty_like(gates), torch.zeros_like(table)
+            values_kernel[(triton.cdiv(rows // 2, 32),)](
+                grad, gates, table, tokens, grad_gates, grad_table, rows // 2, HEADS, HEAD_DIM, 32, True
+            )
+        heads_backward_kernel[(triton.cdiv(rows, 32),)](
+            grad, qkv, cos, sin, inverse, rows, tokens.size(1), HEADS, HEAD_DIM // 2, 32
+        )
+        return grad, grad_gates, grad_table, None, None, None, None
+
+
+class CudnnAttention:
+    """cuDNN's graphs of a forward and a backward pass on (B, T, 3, H, D), for one shape and one window.
+
+    cuDNN compiles a kernel for about a second each; `prepare` does so for all windows at once, in threads.
+    """
+
+    @staticmethod
+    def prepare(B: int, T: int, windows: set[int]) -> None:
+        """Builds the graphs of a training ahead."""
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(lambda window: CudnnAttention.of(B, T, min(window, T), True), windows))
+
+    @staticmethod
+    @functools.cache
+    def of(B: int, T: int, window: int, wants_grad: bool) -> "CudnnAttention":
+        """The graphs of a shape, built once."""
+        return CudnnAttention(B, T, window, wants_grad)
+
+    def __init__(self, B: int, T: int, window: int, wants_grad: bool):
+        self.shape = B, T, HEADS, HEAD_DIM
+        self.handle = self.cudnn().create_handle()
+        dim = [B, HEADS, T, HEAD_DIM]
+        packed = [T * 3 * WIDTH, HEAD_DIM, 3 * WIDTH, 1]
+        plain = [T * WIDTH, HEAD_DIM, WIDTH, 1]
+        stats = [B, HEADS, T, 1], [HEADS * T, T, 1, 1]
+        band: dict[str, Any] = {"attn_scale": HEAD_DIM**-0.5, "use_causal_mask": True}
+        if window < T:
+            cudnn = self.cudnn()
+            band = {"attn_scale": HEAD_DIM**-0.5, "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT}
+            band |= {"diagonal_band_right_bound": 0, "diagonal_band_left_bound": window}
+        graph = self.graph()
+        q, k, v = (graph.tensor(dim=dim, stride=packed) for _ in range(3))
+        y, log_sums = graph.sdpa(q=q, k=k, v=v, is_inference=not wants_grad, **band)
+        y.set_output(True).set_dim(dim).set_stride(plain)
+        self.forward_graph, self.forward_places = graph, (q, k, v, y)
+        if wants_grad:
+            log_sums.set_output(True).set_data_type(self.cudnn().data_type.FLOAT)
+            self.forward_places = (q, k, v, y, log_sums)
+            back = self.graph()
+            q, k, v = (back.tensor(dim=dim, stride=packed) for _ in range(3))
+            y, grad_y = (back.tensor(dim=dim, stride=plain) for _ in range(2))
+            log_sums = back.tensor(dim=stats[0], stride=stats[1], data_type=self.cudnn().data_type.FLOAT)
+            grads = back.sdpa_backward(q=q, k=k, v=v, o=y, dO=grad_y, stats=log_sums, **band)
+            for grad in grads:
+                grad.set_output(True).set_dim(dim).set_stride(packed)
+            self.backward_graph, self.backward_places = back, (q, k, v, y, log_sums, grad_y, *grads)
+            back.build([self.cudnn().heur_mode.A])
+        graph.build([self.cudnn().heur_mode.A])
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The attention (B, T, H, D), and the logarithms of the softmax's sums (B, H, T, 1)."""
+        B, T, H, D = self.shape
+        y = torch.empty(B, T, H, D, device=qkv.device, dtype=qkv.dtype)
+        log_sums = torch.empty(B, H, T, 1, device=qkv.device)
+        tensors = (*qkv.view(B, T, 3, H, D).unbind(2), y, log_sums)
+        self.run(self.forward_graph, self.forward_places, tensors)
+        return y, log_sums
+
+    def backward(self, qkv: Tensor, y: Tensor, log_sums: Tensor, grad_y: Tensor) -> Tensor:
+        """The gradient of qkv, in its layout."""
+        B, T, H, D = self.shape
+        grad = torch.empty_like(qkv)
+        tensors = (
+            *qkv.view(B, T, 3, H, D).unbind(2), y, log_sums, grad_y, *grad.view(B, T, 3, H, D).unbind(2),
+        )  # fmt: skip
+        self.run(self.backward_graph, self.backward_places, tensors)
+        return grad
+
+    def run(self, graph, places, tensors) -> None:
+        """Executes a graph on the current stream."""
+        workspace = torch.empty(max(1, graph.get_workspace_size()), device=tensors[0].device, dtype=torch.uint8)
+        pointers = {place: tensor.data_ptr() for place, tensor in zip(places, tensors, strict=False)}
+        self.cudnn().set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
+        graph.execute(pointers, workspace.data_ptr(), handle=self.handle)
+
+    def graph(self):
+        """An empty graph: bfloat16 tensors, float32 arithmetic."""
+        types = self.cudnn().data_type
+        return self.cudnn().pygraph(
+            io_data_type=types.BFLOAT16,
+            intermediate_data_type=types.FLOAT,
+            compute_data_type=types.FLOAT,
+            handle=self.handle,
+        )
+
+    @staticmethod
+    @functools.cache
+    def cudnn() -> Any:
+        """The module, loaded when it is needed."""
+        import cudnn  # noqa: PLC0415
+
+        return cudnn
+
+
+def add_norm(
+    x: Tensor,
+    other: Tensor | None,
+    x0: Tensor | None = None,
+    keep: Tensor | None = None,
+    add: Tensor | None = None,
+    head: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Adds to the residual stream, mixes x0 in, and normalises: x, its norm, the norm's first channels, and x0."""
+    if x.is_cuda and HAS_TRITON:
+        return FusedAddNorm.apply(x, other, x0, keep, add, head)
+    x, h = plain_add_norm(x, other, x0, keep, add)
+    return x, h, h[..., :head], x0
+
+
+def attend(
+    qkv: Tensor,
+    gates: Tensor | None,
+    table: Tensor | None,
+    tokens: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    window: int,
+) -> Tensor:
+    """The attention of a layer from its projections (B, T, 3C), which it may overwrite, to (B, T, C)."""
+    if qkv.is_cuda and has_hopper_kernels():
+        return FusedAttention.apply(qkv, gates, table, tokens, *rotary, window)
+    return attention(*split_heads(qkv, gates, table, tokens, *rotary), window).flatten(2)
+
+
+def mlp(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The MLP of a layer, (B, T, C) to (B, T, C)."""
+    return (FusedMLP.apply if h.is_cuda and has_hopper_kernels() else plain_mlp)(h, up, down)
+
+
+def cross_entropy(h: Tensor, unembed: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the capped logits of h (B, T, C) against targets (B, T)."""
+    if h.is_cuda and HAS_TRITON:
+        return FusedLoss.apply(h, unembed, targets)
+    return F.cross_entropy(capped_logits(h, unembed).flatten(0, 1), targets.flatten())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,57 +697,40 @@ def linear(inputs: int, outputs: int, *, std: float) -> nn.Linear:
 
 
 # Every layer starts as the identity: the matrices that write into the residual stream are zero.
-STD = WIDTH**-0.5
+STD = INIT_SCALE * WIDTH**-0.5
 
 
-class Attention(nn.Module):
-    """Multi-head attention with rotary positions, normalised queries and keys, and gated value embeddings."""
+class Block(nn.Module):
+    """One layer: attention with rotary positions, normalised queries and keys, gated value embeddings; then an MLP."""
 
     GATE_WIDTH = min(32, WIDTH)  # channels of the residual stream that a head's gate looks at
 
     def __init__(self, has_value_embed: bool):
         super().__init__()
         self.qkv = linear(WIDTH, 3 * WIDTH, std=STD)
-        self.out = linear(WIDTH, WIDTH, std=0.0)
         self.gate = linear(self.GATE_WIDTH, HEADS, std=0.0) if has_value_embed else None
-
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-        """Maps (B, T, C) to (B, T, C)."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, HEADS, HEAD_DIM).unbind(2)
-        if self.gate is not None and value_embed is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., : self.GATE_WIDTH]))
-            v = v + gate.unsqueeze(-1) * value_embed.view(B, T, HEADS, HEAD_DIM)
-        q, k = norm(rotate(q, *rotary)).to(v.dtype), norm(rotate(k, *rotary)).to(v.dtype)
-        y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
-
-
-class MLP(nn.Module):
-    """Two matrices with a squared ReLU between them (arXiv:2109.08668)."""
-
-    def __init__(self):
-        super().__init__()
+        self.out = linear(WIDTH, WIDTH, std=0.0)
         self.up = linear(WIDTH, MLP_RATIO * WIDTH, std=STD)
         self.down = linear(MLP_RATIO * WIDTH, WIDTH, std=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, T, C) to (B, T, C)."""
-        return self.down(F.relu(self.up(x)).square())
+    def forward(self, x: Tensor, mlp_out: Tensor | None, x0: Tensor, scales, values, rotary, window: int):
+        """Maps the residual stream and what is still to be added to it, (B, T, C) each, to the same of the next layer.
 
-
-class Block(nn.Module):
-    """One layer."""
-
-    def __init__(self, has_value_embed: bool):
-        super().__init__()
-        self.attention = Attention(has_value_embed)
-        self.mlp = MLP()
-
-    def forward(self, x: Tensor, value_embed: Tensor | None, rotary: tuple[Tensor, Tensor], mask) -> Tensor:
-        """Maps (B, T, C) to (B, T, C)."""
-        x = x + self.attention(norm(x), value_embed, rotary, mask)
-        return x + self.mlp(norm(x))
+        Args:
+            x: The residual stream.
+            mlp_out: What the last layer's MLP adds to it.
+            x0: The token embedding.
+            scales: How much of x is kept, and how much of x0 is added; 0-d.
+            values: The layer's value embedding (V, C) or None, and the tokens (B, T).
+            rotary: Cosines and sines.
+            window: How far the layer looks back.
+        """
+        table, tokens = values
+        x, h, some, passed = add_norm(x, mlp_out, x0, *scales, head=0 if self.gate is None else self.GATE_WIDTH)
+        gates = None if self.gate is None else 2 * torch.sigmoid(project(some, self.gate.weight))
+        y = attend(project(h, self.qkv.weight), gates, table, tokens, rotary, window)
+        x, h, _, _ = add_norm(x, project(y, self.out.weight))
+        return x, mlp(h, self.up.weight, self.down.weight), passed
 
 
 class GPT(nn.Module):
@@ -205,20 +745,18 @@ class GPT(nn.Module):
         self.depth, self.dtype = DEPTH, compute_dtype(device)
         # every other layer, the last one included (arXiv:2410.17897)
         value_layers = [i for i in range(DEPTH) if VALUE_EMBEDS and i % 2 == (DEPTH - 1) % 2]
-        self.embed = nn.Embedding(vocab_size, WIDTH)  # normal, standard deviation 1
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(vocab_size, WIDTH) for i in value_layers})
-        for table in self.value_embeds.parameters():
-            nn.init.uniform_(table, -STD * math.sqrt(3), STD * math.sqrt(3))
-        self.blocks = nn.ModuleList(Block(i in value_layers) for i in range(DEPTH))
-        self.unembed = linear(WIDTH, vocab_size, std=0.001)
-        self.residual_scale = nn.Parameter(torch.ones(DEPTH))
-        self.x0_scale = nn.Parameter(torch.full((DEPTH,), X0_INIT))
-        # all that depends on a row's length alone is made now: nothing of it belongs into a compiled graph
-        self.to(device)
+        with device:
+            self.embed = nn.Embedding(vocab_size, WIDTH)  # normal, standard deviation 1
+            self.value_embeds = nn.ParameterDict(
+                {str(i): linear(WIDTH, vocab_size, std=STD).weight for i in value_layers}
+            )
+            self.blocks = nn.ModuleList(Block(i in value_layers) for i in range(DEPTH))
+            self.unembed = linear(WIDTH, vocab_size, std=0.001)
+            self.residual_scale = nn.Parameter(torch.ones(DEPTH))
+            self.x0_scale = nn.Parameter(torch.full((DEPTH,), X0_INIT))
         pattern = [WINDOW_PATTERN[i % len(WINDOW_PATTERN)] for i in range(DEPTH - 1)] + ["L"]
         self.windows = [SEQ_LEN // {"L": 1, "S": 2, "X": 8}[letter] for letter in pattern]
         self.rotaries = {T: self.rotary(T, device) for T in (SEQ_LEN, longest_row)}
-        self.masks = {T: self.window_masks(T, device) for T in self.rotaries}
         # forward and backward; attention as if nothing were masked inside the window, which is how MFU is quoted
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         self.flops_per_token = 6 * weights + 12 * WIDTH * sum(min(window, SEQ_LEN) for window in self.windows)
@@ -229,25 +767,21 @@ class GPT(nn.Module):
         angle = torch.outer(torch.arange(T, device=device).float(), frequency).unsqueeze(1)
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
-    def window_masks(self, T: int, device: torch.device) -> list:
-        """One mask a layer; layers with the same window share it."""
-        by_window = {window: attention_mask(T, window, device) for window in set(self.windows)}
-        return [by_window[window] for window in self.windows]
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Maps tokens (B, T) to float32 logits (B, T, V), or to a loss."""
-        T, device = tokens.size(1), tokens.device
-        if T not in self.masks:
-            self.rotaries[T], self.masks[T] = self.rotary(T, device), self.window_masks(T, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x = x0 = norm(self.embed(tokens)).to(self.dtype)
-            for i, block in enumerate(self.blocks):
-                x = self.residual_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
-                value_embed = self.value_embeds[str(i)](tokens).to(x.dtype) if str(i) in self.value_embeds else None
-                x = block(x, value_embed, self.rotaries[T], self.masks[T][i])
-            logits = self.unembed(norm(x))
-        logits = SOFT_CAP * torch.tanh(logits.float() / SOFT_CAP)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        T, tokens = tokens.size(1), tokens.contiguous()  # the kernels read them one after the other
+        if T not in self.rotaries:
+            self.rotaries[T] = self.rotary(T, tokens.device)
+        x = x0 = embed(tokens, self.embed.weight, self.dtype)
+        mlp_out = None
+        scales = zip(self.residual_scale.unbind(), self.x0_scale.unbind(), strict=True)
+        for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
+            values = self.value_embeds.get(str(i)), tokens
+            x, mlp_out, x0 = block(x, mlp_out, x0, scale, values, self.rotaries[T], self.windows[i])
+        _, h, _, _ = add_norm(x, mlp_out)  # normalised for the output matrix
+        if targets is None:
+            return capped_logits(h, self.unembed.weight)
+        return cross_entropy(h, self.unembed.weight, targets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,6 +811,7 @@ def orthogonalise(G: Tensor, dtype: torch.dtype) -> Tensor:
     return (X.mT if tall else X).to(G.dtype)
 
 
+@compiled
 def muon_update(
     W: Tensor,
     G: Tensor,
@@ -313,11 +848,12 @@ def muon_update(
     W.sub_(lr * (even + decay * W * (even * W > 0)))
 
 
+@compiled
 def adam_update(
-    W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, unbias: Tensor, decay: float
+    W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, beta1: Tensor, unbias: Tensor, decay: Tensor
 ) -> None:
     """One step of AdamW in place; lr and unbias (0-d) carry the corrections of the two means for their start at 0."""
-    mean.lerp_(G, 1 - ADAM_BETA1)
+    mean.lerp_(G, 1 - beta1)
     square.lerp_(G.square(), 1 - ADAM_BETA2)
     W.sub_(lr * (mean / ((square * unbias).sqrt() + 1e-10) + decay * W))
 
@@ -327,20 +863,17 @@ class Optimizer:
 
     def __init__(self, model: GPT, device: torch.device):
         width = (WIDTH / 768) ** -0.5  # Adam's rates were tuned at width 768
-        embeddings = [model.embed.weight, *model.value_embeds.parameters()]
-        self.adam = [  # learning rate, decay, parameters
-            (EMBEDDING_LR * width, 0.0, embeddings),
-            (UNEMBEDDING_LR * width, UNEMBEDDING_DECAY, [model.unembed.weight]),
-            (SCALAR_LR * 0.01, 0.0, [model.residual_scale]),  # it multiplies through all layers
-            (SCALAR_LR, 0.0, [model.x0_scale]),
+        self.adam = [  # learning rate, decay, beta1, parameters
+            (EMBEDDING_LR * width, EMBEDDING_DECAY, ADAM_BETA1, [model.embed.weight]),
+            (EMBEDDING_LR * width, VALUE_EMBED_DECAY, ADAM_BETA1, list(model.value_embeds.parameters())),
+            (UNEMBEDDING_LR * width, UNEMBEDDING_DECAY, ADAM_BETA1, [model.unembed.weight]),
+            (SCALAR_LR * 0.01, 0.0, ADAM_BETA1, [model.residual_scale]),  # it multiplies through all layers
+            (SCALAR_LR, 0.0, X0_BETA1, [model.x0_scale]),
         ]
-        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, _, ps in self.adam for p in ps}
+        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for *_, ps in self.adam for p in ps}
         self.muon = [MatrixBank(ps, shape) for shape, ps in matrices_by_shape(model).items()]
-        self.lr, self.unbias, self.momentum, self.decay = (torch.zeros((), device=device) for _ in range(4))
+        self.lr, self.unbias, self.beta1, self.momentum, self.decay = (torch.zeros((), device=device) for _ in range(5))
         self.dtype, self.steps = compute_dtype(device), 0
-        compiled = can_compile(device)
-        self.muon_update = torch.compile(muon_update, dynamic=False, fullgraph=True) if compiled else muon_update
-        self.adam_update = torch.compile(adam_update, dynamic=False, fullgraph=True) if compiled else adam_update
 
     @torch.no_grad()
     def step(self, progress: float) -> None:
@@ -348,24 +881,27 @@ class Optimizer:
         self.steps += 1
         scale = lr_scale(progress)
         self.unbias.fill_(1 / (1 - ADAM_BETA2**self.steps))
-        for lr, decay, parameters in self.adam:
-            self.lr.fill_(lr * scale / (1 - ADAM_BETA1**self.steps))
+        for lr, decay, beta1, parameters in self.adam:
+            self.lr.fill_(lr * scale / (1 - beta1**self.steps))
+            self.decay.fill_(decay)
+            self.beta1.fill_(beta1)
+            rates = {"lr": self.lr, "beta1": self.beta1, "unbias": self.unbias, "decay": self.decay}
             for p in parameters:
                 if p.grad is not None:  # an edit may leave a parameter without use
-                    self.adam_update(p, p.grad, *self.moments[p], lr=self.lr, unbias=self.unbias, decay=decay)
+                    adam_update(p, p.grad, *self.moments[p], **rates)
                 p.grad = None
         self.momentum.fill_(momentum(progress))
         self.decay.fill_(WEIGHT_DECAY * (1 - progress))
         for bank in self.muon:
             self.lr.fill_(MATRIX_LR * scale * bank.lr_factor)
             rates = {"lr": self.lr, "momentum": self.momentum, "decay": self.decay}
-            self.muon_update(bank.weights, bank.gradients, bank.mean, bank.square, **rates, dtype=self.dtype)
+            muon_update(bank.weights, bank.gradients, bank.mean, bank.square, **rates, dtype=self.dtype)
             bank.gradients.zero_()
 
 
 def matrices_by_shape(model: GPT) -> dict[tuple[int, int], list[nn.Parameter]]:
     """The matrices of the layers by their shape; queries, keys and values are three matrices in one parameter."""
-    fused = {id(module.qkv.weight) for module in model.modules() if isinstance(module, Attention)}
+    fused = {id(block.qkv.weight) for block in model.blocks if isinstance(block, Block)}
     matrices: dict[tuple[int, int], list[nn.Parameter]] = {}
     for p in model.blocks.parameters():
         shape = (WIDTH, WIDTH) if id(p) in fused else (p.size(0), p.size(1))
@@ -416,12 +952,12 @@ def train(run) -> GPT:
     torch.set_float32_matmul_precision("high")
     model = GPT(run.vocab_size, run.row_tokens, run.device)
     optimizer = Optimizer(model, run.device)
-    if can_compile(run.device):
-        model.compile(dynamic=False)
     rows = run.micro_batch(
         model, total_tokens=TOTAL_BATCH_SIZE, seq_len=SEQ_LEN, at_most=DEVICE_BATCH_SIZE or None, loss=model
     )
     micro_batches = TOTAL_BATCH_SIZE // (rows * SEQ_LEN)
+    if run.device.type == "cuda" and has_hopper_kernels():
+        CudnnAttention.prepare(rows, SEQ_LEN, set(model.windows))
     while not run.done:
         total = torch.zeros((), device=run.device)
         for _ in range(micro_batches):

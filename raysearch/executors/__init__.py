@@ -11,6 +11,19 @@ from raysearch.runner import RunResult, RunSpec
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What a slot's device reached when the slot was set up. It is no part of the profile: it varies from card to card.
+
+    Attributes:
+        matmul_tflops: Dense matmul, 10^12 operations a second; bfloat16 on a GPU, float32 on a CPU.
+        copy_gb_per_s: Copy in its memory, 10^9 bytes a second, read and written.
+    """
+
+    matmul_tflops: float
+    copy_gb_per_s: float
+
+
+@dataclass(frozen=True)
 class SlotInfo:
     """A slot that is ready.
 
@@ -20,6 +33,7 @@ class SlotInfo:
         preset: Name of the preset that its data was prepared for; empty for objectives without presets.
         data: None for objectives without data.
         shares_disk: Whether it sees the study's folder.
+        speed: None where it was not measured: for objectives without presets, or because that failed.
         compile_cache: Kind of its compile cache, which slots of that kind may share; empty if it has none of ours.
     """
 
@@ -28,6 +42,7 @@ class SlotInfo:
     preset: str
     data: PreparedData | None
     shares_disk: bool
+    speed: Speed | None = None
     compile_cache: str = ""
 
 

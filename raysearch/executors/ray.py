@@ -47,6 +47,7 @@ from raysearch.executors import (
     SlotJoined,
     SlotLeft,
     SlotProgress,
+    Speed,
 )
 from raysearch.model import Outcome
 from raysearch.nursery import Nursery
@@ -58,6 +59,8 @@ NODES_EVERY_S = 5.0
 PROGRESS_EVERY_S = 1.0
 MAX_FAILURES = 3
 REACH_LIMIT_S = 5.0
+GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
+MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
 GIVE_LIMIT_S = 120.0
 MAX_GIVERS = 3
@@ -103,12 +106,14 @@ class SlotPlan:
 class _Slot:
     """The actor: owns one device, runs one trial at a time, each in processes of its own."""
 
-    def __init__(self, plan: SlotPlan, host: str, place: str, device: str) -> None:
+    def __init__(self, plan: SlotPlan, host: str, place: str, device: str, threads: int) -> None:
         self._plan = plan
         self._host = host
         self._place = place
         self._device = device
+        self._threads = threads
         self._data = ""
+        self._speed: Speed | None = None
         self._slot_id = ""
         self._shares_disk = (Path(plan.folder) / plan.token).exists()
         self._run: tuple[str, int, Run] | None = None
@@ -134,8 +139,9 @@ class _Slot:
             data = prepare(chosen, self._plan.datasets.get(preset) or self._plan.dataset or None)
             self._data = data.folder
             self._cache = open_cache(hardware, os.environ)
+            self._speed = gauged(self._device, self._threads)  # last: making data is work for the CPU
         kind = self._cache.key if self._cache else ""
-        return SlotInfo(self._slot_id, hardware, preset, data, self._shares_disk, kind)
+        return SlotInfo(self._slot_id, hardware, preset, data, self._shares_disk, self._speed, kind)
 
     def _hardware(self) -> Hardware:
         if self._device == "cpu":
@@ -156,6 +162,8 @@ class _Slot:
         env = dict(os.environ)
         if self._device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
+        if self._speed is not None:
+            env[MATMUL_MARK] = repr(self._speed.matmul_tflops)
         if self._cache:
             env |= self._cache.environment()
         with self._cache.in_use() if self._cache else contextlib.nullcontext():
@@ -220,6 +228,23 @@ class _Slot:
 def _asked(method: Any, *arguments: Any) -> Any:
     """What another slot says; it has a thread for that."""
     return ray.get(method.options(concurrency_group="give").remote(*arguments), timeout=GIVE_LIMIT_S)
+
+
+def gauged(device: str, threads: int) -> Speed | None:
+    """What the device reaches, by a process of its own; None if it cannot be told, which is no reason against a slot.
+
+    Args:
+        device: `cuda` or `cpu`.
+        threads: CPU threads of a trial on a CPU slot.
+    """
+    command = [sys.executable, "-P", "-m", "trainer.gauge", "--device", device]
+    command += ["--threads", str(threads)] if device == "cpu" else []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GAUGE_LIMIT_S)
+        found = json.loads(done.stdout)
+        return Speed(float(found["matmul_tflops"]), float(found["copy_gb_per_s"]))
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _LocalRay:
@@ -429,7 +454,7 @@ class RayExecutor:
         resources = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": self._threads}
         there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
         make = self._slot_class.options(**resources, max_restarts=0, max_task_retries=0, scheduling_strategy=there)
-        actor = _Actor(make.remote(self._plan, self._hosts[node], place, device), place, node, device)
+        actor = _Actor(make.remote(self._plan, self._hosts[node], place, device, self._threads), place, node, device)
         self._actors[place] = actor
         self._pending[actor.handle.describe.remote()] = ("describe", actor)
 
