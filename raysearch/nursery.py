@@ -53,6 +53,8 @@ class Nursery:
         told = {"command": ahead.command, "env": dict(ahead.env), "niceness": ahead.niceness}
         if not _tell(self._supervisor, json.dumps(told)):
             self.close()
+        else:
+            self._supervisor.wait()  # for its starter, which would be a zombie for as long as the process waits
 
     def take(self, ahead: Ahead, out: Path) -> subprocess.Popen[bytes] | None:
         """Makes the process in waiting the trial of a folder.

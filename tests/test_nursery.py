@@ -1,5 +1,6 @@
 """Processes in waiting, for real: they become trials like any other, and nothing of them is left."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -91,11 +92,13 @@ class Bench:
 
     def spares(self) -> list[psutil.Process]:
         """Trials' processes that wait, without their supervisors."""
-        return [
-            process
-            for process in self.processes()
-            if "--wait" in process.cmdline() and "-P" in process.cmdline() and process.cwd() == "/"
-        ]
+        found: list[psutil.Process] = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # a supervisor's starter is gone in a moment
+                command = process.cmdline()
+                if "--wait" in command and "-P" in command and process.cwd() == "/":
+                    found.append(process)
+        return found
 
     def supervisor(self) -> psutil.Process:
         (found,) = [
