@@ -15,12 +15,14 @@ import pytest
 from raysearch.model import Measurement, Outcome
 from raysearch.runner import SESSION_MARK, SLOT_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
 
+STUDY = f"test-study-{os.getpid()}"  # so that two runs of the tests do not sweep one another
+
 
 def spec(program: str, **changes: object) -> RunSpec:
     fields: dict[str, object] = {
         "trial_id": "c0001-screen",
         "attempt": 1,
-        "study": "test-study",
+        "study": STUDY,
         "session": "s1",
         "files": {"score.py": program},
         "command": ("{python}", "score.py", "--seed", "{seed}"),
@@ -280,13 +282,13 @@ def test_sweep_ends_what_earlier_sessions_and_its_own_slot_have_left_and_nothing
         env = os.environ | {STUDY_MARK: study, SESSION_MARK: session, SLOT_MARK: slot}
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=env, cwd=tmp_path)
 
-    old, other_slot, foreign = sleeper("test", "s0", "a"), sleeper("test", "s1", "b"), sleeper("other", "s0", "a")
-    own_slot = sleeper("test", "s1", "a")
+    old, other_slot, foreign = sleeper(STUDY, "s0", "a"), sleeper(STUDY, "s1", "b"), sleeper("other", "s0", "a")
+    own_slot = sleeper(STUDY, "s1", "a")
     try:
         wait_until(lambda: len(left(tmp_path)) == 4)
-        assert sweep("test", session="s1") == [old.pid]
+        assert sweep(STUDY, session="s1") == [old.pid]
         assert old.wait(5) == -signal.SIGKILL
-        assert sweep("test", session="s1", slot="a") == [own_slot.pid]
+        assert sweep(STUDY, session="s1", slot="a") == [own_slot.pid]
         assert own_slot.wait(5) == -signal.SIGKILL
         assert other_slot.poll() is None
         assert foreign.poll() is None
