@@ -5,6 +5,7 @@ two trials on a slot. `python benchmarks/overhead.py --study DIR` does so for an
 `python benchmarks/overhead.py --waiting 8` runs short trials of the bundled trainer, by turns started as usual and by a
 process in waiting, and prints the parts of both side by side.
 """
+# ruff: noqa: E402  # the path is put right before anything of this repository is imported
 
 from __future__ import annotations
 
@@ -20,6 +21,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    # another file here is named as a package is
+    sys.path = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks")]
 
 from raysearch import objective, profile
 from raysearch.data import prepare
