@@ -41,7 +41,8 @@ import torch
 from benchmarks import flash_attention
 from trainer.errors import UsageError
 from trainer.evaluation import Score, by_document
-from trainer.harness import EXIT_CODES, is_out_of_memory
+from trainer.harness import EXIT_CODES
+from trainer.memory import is_out_of_memory
 from trainer.reporter import write_json
 from trainer.rows import Data, TokenStream, load_data
 from trainer.telemetry import memory_mb, peak_tflops, spawned_at

@@ -110,8 +110,7 @@ class Run:
             model: Its parameters get the trial gradients.
             total_tokens: Tokens of one optimizer step.
             seq_len: Tokens of one row.
-            at_most: An upper limit in rows; has to be a valid answer itself. Default: as many as make 2^19 tokens,
-                above which no card is faster.
+            at_most: An upper limit in rows; has to be a valid answer itself. Default: as many as make 2^19 tokens.
             loss: What the training calls with a batch (x, y), compiled or not; default: cross-entropy of model(x).
 
         Raises:
