@@ -17,12 +17,12 @@ import json
 import os
 import queue
 import random
+import runpy
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,7 +160,7 @@ class Runner:
         command += ["--eval-tokens", str(job.eval_tokens), *held]
         env = os.environ | {
             "CUDA_VISIBLE_DEVICES": gpu,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "RAYSEARCH_CACHE": str(self._out / "cache"),
             "TORCHINDUCTOR_CACHE_DIR": str(self._out / "compiled"),
         }
@@ -339,9 +339,10 @@ BY_SHARE = [functools.partial(predicted_s, share_of_peak=share) for share in SHA
 
 def model_flops(program: str, preset: Preset) -> float:
     """What the program's model says of itself, forward and backward."""
-    module = types.ModuleType("program")
-    exec(compile(program, TRAIN_FILE, "exec"), module.__dict__)
-    return float(module.GPT(preset.vocab_size, preset.row_tokens, torch.device("cpu")).flops_per_token)
+    with tempfile.TemporaryDirectory() as folder:  # kernels have to be read from a file
+        (path := Path(folder) / TRAIN_FILE).write_text(program)
+        names = runpy.run_path(str(path))
+        return float(names["GPT"](preset.vocab_size, preset.row_tokens, torch.device("cpu")).flops_per_token)
 
 
 # ---- programs, tables ----

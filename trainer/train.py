@@ -27,6 +27,8 @@ MLP_RATIO = 4  # in [1, 8] log: hidden width of the MLP over the residual stream
 SEQ_LEN = 2048  # in {64, 128, 256, 512, 1024, 2048}: tokens of a training row, and the longest look back
 WINDOW_PATTERN = "SSSL"  # in {"L", "SL", "SSSL", "XL", "XXXL", "XXXXL"}: layers look back SEQ_LEN (L), 1/2 (S), 1/8 (X)
 VALUE_EMBEDS = True  # in {True, False}: every other layer adds an embedding of the token to its values
+NGRAM_ROWS = 0  # in {0, 4096, 65536, 262144, 1048576}: rows of the hashed embeddings of the last few tokens; 0: none
+NGRAMS = (2, 3, 4, 5)  # how many tokens; each length has its own part of the channels
 SOFT_CAP = 15.0  # logits are squashed into ±SOFT_CAP
 INIT_SCALE = 0.68  # standard deviation of the matrices that read the residual stream, times the root of its width
 X0_INIT = 0.05  # how much of the token embedding each layer adds again, at first
@@ -40,6 +42,7 @@ DEVICE_BATCH_SIZE = 0  # rows at once; 0: the most that fit, as the harness find
 LR_SCALE = 1.0  # in [0.25, 4.0] log: multiplies all learning rates
 MATRIX_LR = 0.04  # in [0.01, 0.3] log: Muon, the matrices of the layers
 EMBEDDING_LR = 0.6  # in [0.1, 3.0] log: Adam, token and value embeddings, at width 768
+NGRAM_LR = 0.3  # in [0.03, 3.0] log: Adam, the embeddings of the last few tokens, at width 768
 UNEMBEDDING_LR = 0.004  # in [0.002, 0.1] log: Adam, the output matrix, at width 768
 SCALAR_LR = 0.5  # Adam, the scalars of the residual stream
 WEIGHT_DECAY = 0.2  # in [0.0, 0.5]: of the matrices, where it agrees with the update's sign; falls to 0
@@ -71,7 +74,7 @@ if HAS_TRITON:
     torch._dynamo.config.recompile_limit = 64  # one graph a shape of batch, with and without gradients
 
 
-def compiled(function):
+def compiled(function, dynamic: bool = False):
     """Compiles a function for CUDA tensors and leaves it as it is for others: on a CPU that takes longer than it saves.
 
     Small functions on tensors, and not the whole model: layers of one shape share a graph, which is compiled once in a
@@ -79,13 +82,18 @@ def compiled(function):
     """
     if not HAS_TRITON:
         return function
-    fast = torch.compile(function, dynamic=False, fullgraph=True)
+    fast = torch.compile(function, dynamic=dynamic, fullgraph=True)
 
     @functools.wraps(function)
     def call(*inputs, **options):
         return (fast if inputs[0].is_cuda else function)(*inputs, **options)
 
     return call
+
+
+def elementwise(function):
+    """Compiles a function of flat tensors, once for all lengths."""
+    return compiled(function, dynamic=True)
 
 
 @functools.cache
@@ -124,10 +132,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
 
 
+def ngram_rows(tokens: Tensor, rows: int) -> Tensor:
+    """Hashes the n tokens that end at each place of (B, T) to a row, for every n of NGRAMS: int64 (B, T, len(NGRAMS)).
+
+    Multiplicative hashing (Knuth, vol. 3, 6.4) of a polynomial in the tokens, in 64-bit arithmetic that overflows.
+    """
+    hashes = []
+    for place, n in enumerate(NGRAMS):
+        key = tokens + place
+        for back in range(1, n):
+            key = key * 0x2545F491 + F.pad(tokens, (back, 0))[:, : tokens.size(1)]
+        key = key * -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
+        hashes.append((key >> 40) % rows)
+    return torch.stack(hashes, dim=-1)
+
+
 @compiled
-def embed(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised embeddings of tokens (B, T), (B, T, C)."""
-    return norm(F.embedding(tokens, table)).to(dtype)
+def embed(tokens: Tensor, table: Tensor, ngrams: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Normalised embeddings of tokens (B, T), (B, T, C): of the token itself, and of the last few."""
+    x = F.embedding(tokens, table)
+    if ngrams is not None:
+        parts, rows = len(NGRAMS), len(ngrams)
+        places = ngram_rows(tokens, rows) * parts + torch.arange(parts, device=tokens.device)
+        x = x + F.embedding(places, ngrams.view(rows * parts, -1)).flatten(-2)
+    return norm(x).to(dtype)
 
 
 def plain_add_norm(
@@ -749,6 +777,7 @@ class GPT(nn.Module):
         value_layers = [i for i in range(DEPTH) if VALUE_EMBEDS and i % 2 == (DEPTH - 1) % 2]
         with device:
             self.embed = nn.Embedding(vocab_size, WIDTH)  # normal, standard deviation 1
+            self.ngrams = nn.Parameter(torch.zeros(NGRAM_ROWS, WIDTH)) if NGRAM_ROWS else None
             self.value_embeds = nn.ParameterDict(
                 {str(i): linear(WIDTH, vocab_size, std=STD).weight for i in value_layers}
             )
@@ -774,7 +803,7 @@ class GPT(nn.Module):
         T, tokens = tokens.size(1), tokens.contiguous()  # the kernels read them one after the other
         if T not in self.rotaries:
             self.rotaries[T] = self.rotary(T, tokens.device)
-        x = x0 = embed(tokens, self.embed.weight, self.dtype)
+        x = x0 = embed(tokens, self.embed.weight, self.ngrams, self.dtype)
         mlp_out = None
         scales = zip(self.residual_scale.unbind(), self.x0_scale.unbind(), strict=True)
         for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
@@ -802,7 +831,10 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(G: Tensor, dtype: torch.dtype) -> Tensor:
-    """The orthogonal factor of each matrix of G (N, rows, columns): same singular vectors, singular values near 1."""
+    """The orthogonal factor of each matrix of G (N, rows, columns): same singular vectors, singular values near 1.
+
+    Computed in dtype, and returned in it.
+    """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
@@ -810,10 +842,22 @@ def orthogonalise(G: Tensor, dtype: torch.dtype) -> Tensor:
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(G.dtype)
+    return X.mT if tall else X
 
 
-@compiled
+@elementwise
+def nesterov(G: Tensor, mean: Tensor, momentum: Tensor) -> Tensor:
+    """Takes gradients into their mean (both flat), in place, and returns the mean that the next one would make."""
+    mean.mul_(momentum).add_(G * (1 - momentum))
+    return G * (1 - momentum) + mean * momentum
+
+
+@elementwise
+def descend(W: Tensor, update: Tensor, lr: Tensor, decay: Tensor) -> None:
+    """Takes an update from the weights (both flat), in place, and decays those that it makes smaller."""
+    W.sub_(lr * (update + decay * W * (update * W > 0)))
+
+
 def muon_update(
     W: Tensor,
     G: Tensor,
@@ -841,20 +885,22 @@ def muon_update(
         decay: Of the weights, times lr.
         dtype: Of the orthogonalisation.
     """
-    mean.mul_(momentum).add_(G * (1 - momentum))
-    update = orthogonalise(G * (1 - momentum) + mean * momentum, dtype)
-    neuron = update.square().mean(-1 if square.size(-1) == 1 else -2, keepdim=True)
-    square.lerp_(neuron, 1 - MUON_BETA2)
-    even = update * square.clamp_min(1e-10).rsqrt()
-    even = even * (update.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    W.sub_(lr * (even + decay * W * (even * W > 0)))
+    update = orthogonalise(nesterov(G.view(-1), mean.view(-1), momentum).view_as(G), dtype)
+    across = -1 if square.size(-1) == 1 else -2
+    size = torch.linalg.vector_norm(update, dim=across, keepdim=True, dtype=torch.float32).square()  # of each neuron's
+    square.lerp_(size / update.size(across), 1 - MUON_BETA2)
+    factor = square.clamp_min(1e-10).rsqrt()
+    # the whole update stays as long as it was
+    whole, evened = (x.sum(dim=(-2, -1), keepdim=True) for x in (size, size * factor.square()))
+    factor = factor * (whole / evened.clamp_min(1e-20)).sqrt()
+    descend(W.view(-1), (update * factor).reshape(-1), lr, decay)
 
 
-@compiled
+@elementwise
 def adam_update(
     W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, beta1: Tensor, unbias: Tensor, decay: Tensor
 ) -> None:
-    """One step of AdamW in place; lr and unbias (0-d) carry the corrections of the two means for their start at 0."""
+    """One step of AdamW on flat tensors, in place; lr and unbias (0-d) carry the corrections of both means."""
     mean.lerp_(G, 1 - beta1)
     square.lerp_(G.square(), 1 - ADAM_BETA2)
     W.sub_(lr * (mean / ((square * unbias).sqrt() + 1e-10) + decay * W))
@@ -868,6 +914,7 @@ class Optimizer:
         self.adam = [  # learning rate, decay, beta1, parameters
             (EMBEDDING_LR * width, EMBEDDING_DECAY, ADAM_BETA1, [model.embed.weight]),
             (EMBEDDING_LR * width, VALUE_EMBED_DECAY, ADAM_BETA1, list(model.value_embeds.parameters())),
+            (NGRAM_LR * width, EMBEDDING_DECAY, ADAM_BETA1, [p for p in (model.ngrams,) if p is not None]),
             (UNEMBEDDING_LR * width, UNEMBEDDING_DECAY, ADAM_BETA1, [model.unembed.weight]),
             (SCALAR_LR * 0.01, 0.0, ADAM_BETA1, [model.residual_scale]),  # it multiplies through all layers
             (SCALAR_LR, 0.0, X0_BETA1, [model.x0_scale]),
@@ -890,7 +937,7 @@ class Optimizer:
             rates = {"lr": self.lr, "beta1": self.beta1, "unbias": self.unbias, "decay": self.decay}
             for p in parameters:
                 if p.grad is not None:  # an edit may leave a parameter without use
-                    adam_update(p, p.grad, *self.moments[p], **rates)
+                    adam_update(*(t.view(-1) for t in (p, p.grad, *self.moments[p])), **rates)
                 p.grad = None
         self.momentum.fill_(momentum(progress))
         self.decay.fill_(WEIGHT_DECAY * (1 - progress))
