@@ -72,10 +72,11 @@ def main() -> None:
     parser.add_argument("--study", type=Path, help="Folder of a study; without it a quick one is run.")
     parser.add_argument("--trials", type=int, default=12, help="Of the quick study.")
     parser.add_argument("--waiting", type=int, help="Pairs of trials, by turns without and with a process in waiting.")
+    parser.add_argument("--data", type=Path, help="Prepared data for these; default: the preset's.")
     parser.add_argument("--budget-s", type=float, default=4.0, help="Of these.")
     arguments = parser.parse_args()
     if arguments.waiting:
-        side_by_side(arguments.waiting, arguments.budget_s)
+        side_by_side(arguments.waiting, arguments.budget_s, arguments.data)
         return
     if arguments.study:
         show(arguments.study)
@@ -174,7 +175,7 @@ def inside(attempts: Sequence[Attempt]) -> None:
     table("a trial, s", rows, 3)
 
 
-def side_by_side(pairs: int, budget_s: float) -> None:
+def side_by_side(pairs: int, budget_s: float, data: Path | None) -> None:
     """Runs trials of the preset that fits this machine, and prints what each of them spent beside its training."""
     hardware = profile.detect()[0]
     preset = objective.choose_preset(objective.load_presets(), device=hardware.device, memory_mb=hardware.memory_mb)
@@ -199,7 +200,7 @@ def side_by_side(pairs: int, budget_s: float) -> None:
         niceness=0,
     )
     waiting = how.waiting or (*how.command[:4], "--wait")  # a CPU slot has none otherwise
-    data, nursery = prepare(preset, None).folder, Nursery()
+    data, nursery = data or prepare(preset, None).folder, Nursery()
     found: dict[bool, list[Measurement]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(2 * pairs + 2):

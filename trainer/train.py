@@ -74,7 +74,7 @@ if HAS_TRITON:
     torch._dynamo.config.recompile_limit = 64  # one graph a shape of batch, with and without gradients
 
 
-def compiled(function, dynamic: bool = False):
+def compiled(function):
     """Compiles a function for CUDA tensors and leaves it as it is for others: on a CPU that takes longer than it saves.
 
     Small functions on tensors, and not the whole model: layers of one shape share a graph, which is compiled once in a
@@ -82,18 +82,13 @@ def compiled(function, dynamic: bool = False):
     """
     if not HAS_TRITON:
         return function
-    fast = torch.compile(function, dynamic=dynamic, fullgraph=True)
+    fast = torch.compile(function, dynamic=False, fullgraph=True)
 
     @functools.wraps(function)
     def call(*inputs, **options):
         return (fast if inputs[0].is_cuda else function)(*inputs, **options)
 
     return call
-
-
-def elementwise(function):
-    """Compiles a function of flat tensors, once for all lengths."""
-    return compiled(function, dynamic=True)
 
 
 @functools.cache
@@ -845,14 +840,14 @@ def orthogonalise(G: Tensor, dtype: torch.dtype) -> Tensor:
     return X.mT if tall else X
 
 
-@elementwise
+@compiled
 def nesterov(G: Tensor, mean: Tensor, momentum: Tensor) -> Tensor:
     """Takes gradients into their mean (both flat), in place, and returns the mean that the next one would make."""
     mean.mul_(momentum).add_(G * (1 - momentum))
     return G * (1 - momentum) + mean * momentum
 
 
-@elementwise
+@compiled
 def descend(W: Tensor, update: Tensor, lr: Tensor, decay: Tensor) -> None:
     """Takes an update from the weights (both flat), in place, and decays those that it makes smaller."""
     W.sub_(lr * (update + decay * W * (update * W > 0)))
@@ -896,7 +891,7 @@ def muon_update(
     descend(W.view(-1), (update * factor).reshape(-1), lr, decay)
 
 
-@elementwise
+@compiled
 def adam_update(
     W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, beta1: Tensor, unbias: Tensor, decay: Tensor
 ) -> None:
