@@ -49,8 +49,8 @@ class World:
 WORLDS = {
     # every program has the σ of seven published H100 runs
     "steady": World(h100(), Faults()),
-    # what there is to gain is 17 σ of the first program and 85 of the last ones, as on the CPU preset (docs/LOG.md), the
-    # slots have just started, and now and then somebody else works on the machine
+    # what there is to gain is 17 σ of the first program and 85 of the last ones, as on the CPU preset (docs/LOG.md);
+    # the slots have just started, and now and then somebody else works on the machine
     "uneven": World(h100(sigma=3.3e-4, rough=5.0), Faults(contended_rate=0.02, cold_start=True)),
 }
 
