@@ -2,8 +2,8 @@
 
 The model: a program's metric on one profile is its true value plus normal noise of a standard deviation σ that changes
 slowly along the lineage of programs (docs/adr/0017). σ is estimated from replicates with some degrees of freedom, so
-that every likelihood here is Student's t. What a change is worth before it was run is no flat prior: most changes make a
-program worse, and the later in a search, the fewer help. The prior over effects is learned from the profile's own
+that every likelihood here is Student's t. What a change is worth before it was run is no flat prior: most changes make
+a program worse, and the later in a search, the fewer help. The prior over effects is learned from the profile's own
 candidates (empirical Bayes, docs/adr/0011), which is what keeps false wins rare when there is little left to find.
 """
 
@@ -144,8 +144,8 @@ def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None
 
     Variances are pooled with weights that fall with the distance: σ² = Σ w SS / Σ w (n - 1), with as many degrees of
     freedom as Σ w (n - 1). That is variance discounting (West and Harrison, Bayesian Forecasting and Dynamic Models,
-    1997, section 10.8): a conjugate scaled-inverse-χ² posterior, whose degrees of freedom are multiplied by the discount
-    at each step, and with it Student's t. What is far away is the prior of what is near.
+    1997, section 10.8): a conjugate scaled-inverse-χ² posterior, whose degrees of freedom are multiplied by the
+    discount at each step, and with it Student's t. What is far away is the prior of what is near.
 
     A run during which somebody else worked on the machine is no such noise. Values farther than `FAR` from their
     program's median count as if they were just there (winsorised residuals: Huber, Robust Statistics, 1981); the scale
