@@ -363,7 +363,7 @@ def _champion(study: Study, slug: str) -> Champion:
 
 def _trial_cells(study: Study, line: Line) -> list[Text]:
     state, proposal = line.state, line.state.candidate.proposal
-    noise = study.lane(proposal.profile).noise()
+    noise = study.noise(study.lane(proposal.profile))
     decimals = places(line.value, noise.sigma if noise else None)
     style = STYLES.get(line.fate, "default")
     word = line.fate.value

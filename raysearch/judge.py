@@ -1,29 +1,31 @@
 """Noise, prior, screening, races, verdicts: pure statistics on numbers. It knows no trials, no slots and no git.
 
-The model: a program's metric on one profile is its true value plus normal noise of one standard deviation σ, the same
-for all programs of the profile. σ is estimated from replicates with some degrees of freedom, so that every likelihood
-here is Student's t. What a change is worth before it was run is no flat prior: most changes make a program worse, and
-the later in a search, the fewer help. The prior over effects is learned from the profile's own candidates (empirical
-Bayes, docs/adr/0011), which is what keeps false wins rare when there is little left to find.
+The model: a program's metric on one profile is its true value plus normal noise of a standard deviation σ that changes
+slowly along the lineage of programs (docs/adr/0017). σ is estimated from replicates with some degrees of freedom, so
+that every likelihood here is Student's t. What a change is worth before it was run is no flat prior: most changes make
+a program worse, and the later in a search, the fewer help. The prior over effects is learned from the profile's own
+candidates (empirical Bayes, docs/adr/0011), which is what keeps false wins rare when there is little left to find.
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from statistics import fmean
+from dataclasses import dataclass, field, replace
+from itertools import combinations, pairwise
+from statistics import fmean, median
 
 from raysearch.model import Direction, Verdict
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Run-to-run noise of a profile: standard deviation in units of the metric, and its degrees of freedom."""
+    """Run-to-run noise: standard deviation in units of the metric, and its effective degrees of freedom."""
 
     sigma: float
-    dof: int
+    dof: float
 
 
 @dataclass(frozen=True)
@@ -75,49 +77,47 @@ class Judgement:
 # ---- noise ----
 
 
-def pooled_noise(groups: Iterable[Sequence[float]]) -> Noise | None:
-    """Estimates σ from replicates: the pooled variance of groups that each repeat one program.
-
-    Args:
-        groups: Values by program; a group of one tells nothing and is skipped.
-
-    Returns:
-        sqrt(Σ (x - mean_group)² / Σ (n_group - 1)) with Σ (n_group - 1) degrees of freedom; None without replicates.
-    """
-    replicates = Replicates()
-    for place, group in enumerate(groups):
-        for value in group:
-            replicates.add(str(place), value)
-    return replicates.noise()
+DISCOUNT = 0.5  # of what a program says of the noise, for each step of the lineage between it and the one in question
+NEAR_STEPS = 6  # steps of the lineage that are looked at, the nearest ones that have replicates
+NEAR_PROGRAMS, NEAR_VALUES = 16, 24  # at each step the latest programs; of each its latest values
+FAR = 2.5  # robust standard deviations from its program's median beyond which a run counts as if it were there
+NORMAL_APART = 0.9539  # median of |x - y| for two draws of the standard normal distribution: sqrt(2) times 0.6745
+LEAST_DOF = 1.0
 
 
 @dataclass
 class Replicates:
-    """Values by program, with their pooled variance kept up to date: every question takes constant time."""
+    """Values by program, each with its place in the lineage, and what they say about the noise there.
+
+    The noise is not the same for all programs: a first program of few steps may be five times as noisy as what a search
+    arrives at after two wins. See `noise`.
+    """
 
     _values: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     _means: dict[str, float] = field(default_factory=dict[str, float])
-    _squares: float = 0.0
-    _dof: int = 0
+    _steps: dict[int, dict[str, None]] = field(default_factory=dict[int, dict[str, None]])  # those with replicates
+    _known: dict[int, Noise | None] = field(default_factory=dict[int, "Noise | None"], compare=False, repr=False)
 
-    def add(self, name: str, value: float) -> None:
-        """Takes in one value."""
+    def add(self, name: str, value: float, *, step: int = 0) -> None:
+        """Takes in one value of a program at a step of the lineage."""
         values = self._values.setdefault(name, [])
-        mean = self._means.get(name, 0.0)
-        # Welford's update: the sum of squares grows by n/(n+1) (x - mean)²
-        self._squares += len(values) / (len(values) + 1) * (value - mean) ** 2
-        self._dof += bool(values)
         values.append(value)
+        mean = self._means.get(name, 0.0)
         self._means[name] = mean + (value - mean) / len(values)
+        if len(values) > 1:
+            self._steps.setdefault(step, {})[name] = None
+        self._known.clear()
 
     def remove(self, name: str, value: float) -> None:
         """Takes one value out again."""
         values = self._values[name]
         values.remove(value)
-        self._squares -= len(values) / (len(values) + 1) * (value - fmean(values)) ** 2 if values else 0.0
-        self._squares = max(0.0, self._squares)
-        self._dof -= bool(values)
         self._means[name] = fmean(values) if values else 0.0
+        if len(values) < 2:
+            for names in self._steps.values():
+                names.pop(name, None)
+            self._steps = {step: names for step, names in self._steps.items() if names}
+        self._known.clear()
 
     def values(self, name: str) -> Sequence[float]:
         """All values of a program, oldest first."""
@@ -127,9 +127,65 @@ class Replicates:
         """Mean of a program's values."""
         return self._means[name] if self._values.get(name) else None
 
-    def noise(self) -> Noise | None:
-        """σ, see `pooled_noise`."""
-        return Noise(math.sqrt(self._squares / self._dof), self._dof) if self._dof else None
+    def noise(self, step: int = 0) -> Noise | None:
+        """σ of the programs at a step of the lineage, see `local_noise`; None without replicates of any program."""
+        if step not in self._known:
+            near = heapq.nsmallest(NEAR_STEPS, self._steps, key=lambda other: (abs(other - step), -other))
+            self._known[step] = local_noise(
+                (DISCOUNT ** abs(other - step), self._values[name][-NEAR_VALUES:])
+                for other in near
+                for name in list(self._steps[other])[-NEAR_PROGRAMS:]
+            )
+        return self._known[step]
+
+
+def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None:
+    """Estimates σ where the noise changes slowly, and where some of the runs may be spoilt.
+
+    Variances are pooled with weights that fall with the distance: σ² = Σ w SS / Σ w (n - 1), with as many degrees of
+    freedom as Σ w (n - 1). That is variance discounting (West and Harrison, Bayesian Forecasting and Dynamic Models,
+    1997, section 10.8): a conjugate scaled-inverse-χ² posterior, whose degrees of freedom are multiplied by the
+    discount at each step, and with it Student's t. What is far away is the prior of what is near.
+
+    A run during which somebody else worked on the machine is no such noise. Values farther than `FAR` from their
+    program's median count as if they were just there (winsorised residuals: Huber, Robust Statistics, 1981); the scale
+    for that is the weighted median of |x - y| over pairs of runs of one program, over 0.954 (compare Rousseeuw and
+    Croux, JASA 88, 1993).
+
+    Args:
+        groups: (weight, values) of each program; a group of one tells nothing.
+
+    Returns:
+        None without replicates; never less than `LEAST_DOF` degrees of freedom.
+    """
+    known = [(weight, values) for weight, values in groups if len(values) > 1]
+    if not known:
+        return None
+    apart = [
+        (abs(one - other), weight * 2 / len(values))
+        for weight, values in known
+        for one, other in combinations(values, 2)
+    ]
+    limit = FAR * _weighted_median(apart) / NORMAL_APART
+    squares = dof = 0.0
+    for weight, values in known:
+        middle = median(values)
+        held = [min(max(value, middle - limit), middle + limit) for value in values]
+        centre = fmean(held)
+        squares += weight * sum((value - centre) ** 2 for value in held)
+        dof += weight * (len(values) - 1)
+    return Noise(math.sqrt(squares / dof), max(dof, LEAST_DOF))
+
+
+def _weighted_median(found: Iterable[tuple[float, float]]) -> float:
+    """The least of the values that has half of the weight up to it; pairs are (value, weight)."""
+    ordered = sorted(found)
+    half, total = sum(weight for _, weight in ordered) / 2, 0.0
+    for value, weight in ordered:
+        total += weight
+        if total >= half * (1 - 1e-12):
+            return value
+    return ordered[-1][0]
 
 
 CHANGE = 4.0  # standard errors by which a run differs from later ones when something else has changed
@@ -153,6 +209,24 @@ def current(values: Sequence[float], sigma: float) -> Sequence[float]:
             break
         total, count = total + value, count + 1
     return values[-count:]
+
+
+def backed(values: Sequence[float], sigma: float) -> Sequence[bool]:
+    """Which of a program's values another one agrees with; a value that is the only one is believed.
+
+    A single slow run of what candidates are compared with makes all of them look like wins.
+
+    Args:
+        values: In any order.
+        sigma: Of single runs.
+    """
+    if len(values) < 2:
+        return [True] * len(values)
+    limit = CHANGE * math.sqrt(2) * sigma
+    ordered = sorted(values)
+    gaps = [math.inf, *(after - before for before, after in pairwise(ordered)), math.inf]
+    near = {value: min(gaps[place : place + 2]) for place, value in enumerate(ordered)}  # of equal ones too
+    return [near[value] <= limit for value in values]
 
 
 SURE = 1.0  # standard errors from nothing at which a race is judged again: the screening run counts as well
@@ -179,7 +253,8 @@ def pair_noise(noise: Noise, pairs: Noise | None) -> Noise:
 
 # ---- prior and posterior ----
 
-MAGNITUDES = tuple(0.05 * 1.6**step for step in range(24))  # in σ: from next to nothing to 2,500
+RATIO = 1.6  # of a magnitude to the next
+MAGNITUDES = tuple(0.05 * RATIO**step for step in range(24))  # in σ: from next to nothing to 2,500
 EFFECTS = (*(-magnitude for magnitude in reversed(MAGNITUDES)), *MAGNITUDES)  # improvements are positive
 _WIDTHS = tuple((0.14 * effect) ** 2 for effect in EFFECTS)  # each stands for a range of half its size: /√12
 PSEUDO_COUNT = 6.0  # candidates that the first prior counts for
@@ -201,17 +276,43 @@ def _first_counts() -> tuple[float, ...]:
 class Prior:
     """What a change is worth before it was run: how many candidates had about each effect.
 
+    Effects belong to the metric, and σ changes in the course of a search: the counts are kept with the unit that they
+    are in, and moved along the grid when that is no longer about σ.
+
     Attributes:
         counts: Candidates by effect, in the order of `EFFECTS`.
+        unit: What an effect of 1 is, in units of the metric; None before the first σ is known.
     """
 
     counts: tuple[float, ...] = field(default_factory=_first_counts)
+    unit: float | None = None
+
+    def at(self, sigma: float) -> Prior:
+        """The same counts in the unit of the grid that is nearest to σ, within half a step of the grid.
+
+        What was imagined before any candidate stays as it is in units of σ. Whole steps alone: no count is smeared.
+        """
+        if sigma <= 0.0:
+            return self
+        if self.unit is None:
+            return replace(self, unit=sigma)
+        places = round(math.log(self.unit / sigma, RATIO))
+        if places == 0:
+            return self
+        learned = [count - base for count, base in zip(self.counts, _first_counts(), strict=True)]
+        most = len(MAGNITUDES)
+        counts = list(_first_counts())
+        for place, count in enumerate(learned):
+            side, rank = (most, place - most) if place >= most else (most - 1, most - 1 - place)
+            rank = min(max(rank + places, 0), most - 1)
+            counts[side + rank if place >= most else side - rank] += count
+        return Prior(tuple(counts), self.unit * RATIO**-places)
 
     def learned(self, *found: Evidence) -> Prior:
         """The prior after one more candidate: each effect counts as far as the evidence speaks for it (online EM)."""
         posterior = self.posterior(*found)
         faded = zip(_first_counts(), self.counts, posterior, strict=True)
-        return Prior(tuple([base + (count - base) * FADE + share for base, count, share in faded]))
+        return Prior(tuple([base + (count - base) * FADE + share for base, count, share in faded]), self.unit)
 
     def posterior(self, *found: Evidence) -> tuple[float, ...]:
         """The probability of each of `EFFECTS` after what was found; heavy tails keep every likelihood above 0."""
@@ -232,14 +333,14 @@ class Evidence:
     """What runs say of a change.
 
     Attributes:
-        gain: Measured improvement, in σ, positive is better.
-        se: Its standard error, in σ.
+        gain: Measured improvement, in units of the prior, positive is better.
+        se: Its standard error, likewise.
         dof: Degrees of freedom of σ.
     """
 
     gain: float
     se: float
-    dof: int
+    dof: float
 
     def likelihoods(self) -> list[float]:
         """Of each of `EFFECTS`, which stands for all effects about as large: Student's t density, up to a factor.
@@ -272,6 +373,11 @@ class Judge:
     prior: Prior
     direction: Direction
     rules: Rules
+
+    @property
+    def unit(self) -> float:
+        """What effects are measured in, in units of the metric."""
+        return self.prior.unit or self.noise.sigma
 
     def screen(self, value: float, base_values: Sequence[float], *, simplifies: bool = False) -> Judgement:
         """Judges a candidate by its first run: worth a race of fresh runs, or not.
@@ -346,12 +452,12 @@ class Judge:
         delta = fmean(ours - theirs for ours, theirs in pairs)
         return self._evidence(delta, self.paired.sigma / math.sqrt(len(pairs)), self.paired.dof)
 
-    def _evidence(self, delta: float, delta_se: float, dof: int) -> Evidence | None:
+    def _evidence(self, delta: float, delta_se: float, dof: float) -> Evidence | None:
         if self.noise.sigma <= 0.0:
             return None
-        gain = gain_of(delta, self.direction) / self.noise.sigma
+        gain = gain_of(delta, self.direction) / self.unit
         most = 2 * MAGNITUDES[-1]  # beyond it every effect of the grid is equally unlikely
-        return Evidence(min(max(gain, -most), most), delta_se / self.noise.sigma, dof)
+        return Evidence(min(max(gain, -most), most), delta_se / self.unit, dof)
 
     def _weighed(self, delta: float, found: Iterable[Evidence | None], simplifies: bool) -> tuple[float, float]:
         """P(better), or P(no worse than by the margin), and the shrunk gain in units of the metric."""
@@ -360,10 +466,11 @@ class Judge:
             raw = gain_of(delta, self.direction)
             return float(raw > 0 or (simplifies and raw == 0)), raw
         least = -self.rules.simplify_margin if simplifies else self.rules.least_effect
+        least *= self.noise.sigma / self.unit
         posterior = self.prior.posterior(*known)
         p_better = sum(share for share, effect in zip(posterior, EFFECTS, strict=True) if effect > least)
         mean = sum(share * effect for share, effect in zip(posterior, EFFECTS, strict=True))
-        return p_better, mean * self.noise.sigma
+        return p_better, mean * self.unit
 
 
 def greedy(value: float, best: float, noise: Noise, direction: Direction) -> Judgement:

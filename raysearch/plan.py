@@ -193,7 +193,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
     if run.value is None:
         outcome = run.outcome.value if run.outcome else ""
         return Judged(state.id, Verdict.DISCARD, f"{outcome}: {run.reason}")
-    known = study.judge(lane)
+    known = study.judge(lane, state.base)
     base_values = study.base_values(lane, state)
     if known is None or not (base_values or study.settings.rules.greedy):
         return None
@@ -209,7 +209,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
 
 
 def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | None:
-    known = study.judge(lane)
+    known = study.judge(lane, state.base)
     runs = [study.trials[name] for name in state.races]
     failed = next((run for run in runs if run.outcome is not None and run.value is None), None)
     if failed is not None:
@@ -224,12 +224,17 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
     if known is None or len(pairs) <= state.pairs:
         return None
     screened = None if state.candidate.proposal.carries else study.screen_evidence(lane, state, known)
-    found = known.race(pairs, screened=screened, simplifies=study.simplifies(state))
-    undecided = last and found.verdict is Verdict.RETEST
+    sound = study.sound_pairs(lane, state)
+    found = known.race(sound or pairs, screened=screened, simplifies=study.simplifies(state))
+    verdict, reason = found.verdict, found.reason
+    if not sound and verdict is Verdict.KEEP:
+        verdict, reason = Verdict.RETEST, f"{reason}; but no other run of what it was built on agrees with that one"
+    if verdict is Verdict.RETEST and (last or len(pairs) >= study.settings.rules.max_pairs):
+        verdict, reason = Verdict.DISCARD, f"{reason}; {failing if last else 'the last pair'}"
     return Judged(
         state.id,
-        Verdict.DISCARD if undecided else found.verdict,
-        f"{found.reason}; {failing}" if undecided else found.reason,
+        verdict,
+        reason,
         found.delta,
         found.delta_se,
         pairs=len(pairs),
@@ -240,7 +245,7 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
 
 def _health(study: Study, lane: Lane, slots: Sequence[Slot]) -> list[Command]:
     """Slots to be set aside, never the last ones, and slots that have been aside for long enough."""
-    noise = lane.noise()
+    noise = study.noise(lane)
     slug = lane.profile.slug
     commands: list[Command] = []
     if lane.health.changed and noise is not None:

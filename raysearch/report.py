@@ -226,7 +226,7 @@ def _champion_part(study: Study, at: Standing, metric: str) -> list[str]:
     if at.noise is None:
         text.append("- Noise: not known yet, it takes two runs of one program.")
     else:
-        dof = f"{plural(at.noise.dof, 'degree')} of freedom"
+        dof = f"{plural(round(at.noise.dof), 'degree')} of freedom"
         text.append(f"- Noise: σ = {number(at.noise.sigma, decimals)} from run to run ({dof}).")
     if at.value is None or at.delta is None:
         text.append("- Champion: the baseline. No win has been confirmed yet.")
@@ -624,7 +624,7 @@ def _profile_status(study: Study, slug: str, queued: int) -> ProfileStatus:
         hardware=at.profile.hardware,
         budget=at.profile.budget,
         sigma=_finite(at.noise.sigma if at.noise else None),
-        sigma_dof=at.noise.dof if at.noise else 0,
+        sigma_dof=round(at.noise.dof) if at.noise else 0,
         baseline=_finite(at.baseline),
         champion=at.champion.candidate.id,
         champion_commit=at.commit,

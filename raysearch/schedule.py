@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from raysearch import bandit, futility
+from raysearch import bandit, futility, judge
 from raysearch.bandit import Arm
 from raysearch.model import Outcome, Purpose, Trial
 from raysearch.study import (
@@ -30,6 +30,7 @@ from raysearch.study import (
 FRESH_TRIALS = 8.0  # durations of a trial after which a reference run is too old for a new pair
 LOOK_BACK = 12  # of a program's fresh runs, the latest ones, that are looked at for a pair
 LOST_TOUCH = 8  # hopeless first runs in a row after which the champion is run again
+WANTED_DOF = 8.0  # of the champion's noise; the fewer it has, the sooner the champion is run again
 SPARE_PAIRS = 2  # pairs beyond the cap, in place of those whose other side failed
 
 
@@ -115,8 +116,7 @@ def _baselines(study: Study, lane: Lane) -> Iterator[Trial]:
 
 def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
     """The runs that races need now, the other side of each pair first; with `ahead`, up to the cap on pairs."""
-    known = study.judge(lane)
-    if known is None:
+    if not study.baseline_done(lane):
         return
     cap = study.settings.rules.max_pairs
     planned: dict[str, list[Trial]] = {}
@@ -134,6 +134,9 @@ def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
                 if rival is not None and rival not in study.trials:
                     yield _reference(lane, base, rival)
             good = sum(not is_spoilt(study, study.trials[run]) for run in state.races)
+            known = study.judge(lane, base.id)
+            if known is None:
+                return
             wanted = cap if further else known.wanted_pairs(state.gain, state.pairs)
             while good + more[name] < wanted and len(state.races) + more[name] < cap + SPARE_PAIRS:
                 for program in (name, base.id):
@@ -173,6 +176,8 @@ def _other_side(
 ) -> Trial:
     """A run of the base for one more pair: one that is recent, in flight or planned, else a new one.
 
+    None that was the first on its slot: the candidate's own has better conditions than that.
+
     Races of several candidates share them: each pair still has its own seed, and is two runs of about the same time.
 
     Args:
@@ -188,7 +193,7 @@ def _other_side(
     for name in reversed(runs[-LOOK_BACK:]):
         run = study.trials[name]
         recent = run.finished_at is None or run.finished_at >= oldest
-        if run.trial.seed not in but and run.outcome in (None, Outcome.MEASURED) and recent:
+        if run.trial.seed not in but and run.outcome in (None, Outcome.MEASURED) and recent and not run.cold:
             return run.trial
     for trial in planned:
         if trial.seed not in but:
@@ -213,10 +218,21 @@ def _reference(lane: Lane, base: CandidateState, name: str) -> Trial:
 
 def _repeats(study: Study, lane: Lane) -> Iterator[Trial]:
     """A run of the champion now and then: for σ, for its value, and for the slots' health; races use it as well."""
-    if study.settings.rules.greedy or not lane.line or not _is_due(lane, study.settings.noise_share):
+    noise = study.noise(lane)
+    share = study.settings.noise_share * max(1.0, WANTED_DOF / noise.dof if noise else 1.0)
+    if study.settings.rules.greedy or not lane.line or not (_is_due(lane, share) or _is_alone(study, lane)):
         return
     champion = study.candidates[lane.champion]
     yield _new_reference(lane, champion, _seeds(study, lane, champion.id))
+
+
+def _is_alone(study: Study, lane: Lane) -> bool:
+    """Whether no other run of the champion agrees with its latest one: either it is spoilt, or the machine differs."""
+    values, noise = lane.fresh.values(lane.champion), study.noise(lane)
+    if noise is None or len(values) < 2 or judge.backed(values, noise.sigma)[-1]:
+        return False
+    last = study.trials[lane.fresh_runs[lane.champion][-1]]  # another is on its way
+    return last.outcome is not None
 
 
 def _is_due(lane: Lane, share: float) -> bool:
@@ -263,7 +279,7 @@ def _screen(study: Study, lane: Lane, state: CandidateState) -> Trial:
         Purpose.SCREEN,
         seed=SCREEN_SEEDS + number,
     )
-    noise = lane.noise()
+    noise = study.noise(lane, state.base)
     rules = study.settings.rules
     if rules.greedy or not study.settings.futility or noise is None or futility.spared(state.id):
         return trial

@@ -42,6 +42,8 @@ from raysearch.model import (
 REFERENCE_SEEDS = 1_000  # the n-th reference run of a program has the seed 1000 + n
 SCREEN_SEEDS = 100_000  # and the n-th candidate's first run 100000 + n, so that no race repeats it
 HOPELESS = 0.02  # P(better) under which a first run is next to hopeless
+COLD_LOOK = 64  # of a program's runs, its first ones, that are looked at for those that were the first on their slots
+WARM_RUNS = 3  # of a program, after which those that were the first ones on their slots count no more
 RECENT = 0.2  # of a new trial in the running mean of their seconds
 
 
@@ -83,7 +85,11 @@ class Settings:
 
 @dataclass(slots=True)
 class TrialState:
-    """A trial with its last attempt; `outcome` is None while it is queued again or in flight."""
+    """A trial with its last attempt; `outcome` is None while it is queued again or in flight.
+
+    Attributes:
+        cold: Whether it was the first on its slot in a session: a machine that has just started may give other numbers.
+    """
 
     trial: Trial
     attempt: int
@@ -97,6 +103,7 @@ class TrialState:
     log_tail: str = ""
     measurement: Measurement | None = None
     halfway: float | None = None
+    cold: bool = False
 
     @property
     def value(self) -> float | None:
@@ -110,6 +117,7 @@ class CandidateState:
 
     Attributes:
         base: Id of the candidate that it was built on; its own for a profile's first program.
+        step: Its place in the lineage: how many programs it was built on, one upon the other.
         p_better, gain: See `model.Judged`; of a change that is carried, of what it carries.
         races: Ids of its own runs in pairs, in the order in which they were started.
         seconds: Of slots, that its own runs took.
@@ -118,6 +126,7 @@ class CandidateState:
     candidate: Candidate
     created_at: float
     base: str
+    step: int = 0
     verdict: Verdict | None = None
     reason: str = ""
     delta: float | None = None
@@ -164,6 +173,7 @@ class Lane:
         again: Trials that were lost, and are still wanted.
         fresh: Values of runs that were not selected for being good (baselines, references, races), by candidate.
         fresh_runs: Their trials, likewise, in the order in which they were started.
+        forgotten: Trials whose values were taken out of `fresh` again: they were the first on their slots.
         differences: Differences in the pairs of each race.
         rivals: Runs of candidates in pairs, by the trial of the other side.
         halves: Half-way values, by candidate.
@@ -196,6 +206,7 @@ class Lane:
     fingerprints: dict[str, str] = field(default_factory=dict[str, str])
     sources: set[str] = field(default_factory=set[str])
     fresh: judge.Replicates = field(default_factory=judge.Replicates)
+    forgotten: set[str] = field(default_factory=set[str])
     fresh_runs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     differences: judge.Replicates = field(default_factory=judge.Replicates)
     prior: judge.Prior = field(default_factory=judge.Prior)
@@ -215,10 +226,6 @@ class Lane:
     saved_s: float = 0.0
     blocked: str = ""
 
-    def noise(self) -> judge.Noise | None:
-        """σ of the profile from all its replicates."""
-        return self.fresh.noise()
-
 
 class Study:
     """All that is known of a study: what its journal adds up to."""
@@ -234,6 +241,7 @@ class Study:
         self.trials: dict[str, TrialState] = {}
         self.running: dict[str, TrialState] = {}
         self.busy: dict[str, str] = {}  # slot -> the trial on it
+        self.warm: set[str] = set()  # slots that had a trial in this session
         self.waiting: dict[str, Proposal] = {}  # proposed, not yet a commit
         self.refused: list[tuple[Proposal, str]] = []
         self.aside: dict[str, SlotSetAside] = {}  # slots that get no trials
@@ -287,6 +295,7 @@ class Study:
             self.lane(state.trial.profile).again[state.trial.id] = None
         self.running.clear()
         self.busy.clear()
+        self.warm.clear()
         self.aside.clear()  # a new session looks at the slots anew
         self.aside_at.clear()
         for lane in self.lanes.values():
@@ -348,7 +357,8 @@ class Study:
     def _materialise(self, event: Materialised, at: float) -> None:
         proposal = self._take_waiting(event.proposal_id)
         candidate = Candidate(proposal, event.commit, event.fingerprint, event.size)
-        state = CandidateState(candidate, at, self._by_commit[f"{candidate.profile}:{proposal.base}"])
+        base = self._by_commit[f"{candidate.profile}:{proposal.base}"]
+        state = CandidateState(candidate, at, base, self.candidates[base].step + 1)
         lane = self.lane(candidate.profile)
         self.candidates[candidate.id] = state
         lane.open[candidate.id] = None
@@ -392,7 +402,9 @@ class Study:
         before = self.trials.get(trial.id)
         if before is not None and (before.running or before.outcome is not None):
             raise InvalidTransition(f"trial {trial.id} is started again; its last attempt: {before}")
-        state = TrialState(trial, event.attempt, event.slot, at, losses=before.losses if before else 0)
+        losses, cold = before.losses if before else 0, event.slot not in self.warm
+        state = TrialState(trial, event.attempt, event.slot, at, losses=losses, cold=cold)
+        self.warm.add(event.slot)
         self.trials[trial.id] = self.running[trial.id] = state
         self.busy[event.slot] = trial.id
         lane.again.pop(trial.id, None)
@@ -457,11 +469,22 @@ class Study:
         if state.halfway is not None:
             lane.halves.add(trial.candidate, state.halfway)
         if state.value is not None:
-            lane.fresh.add(trial.candidate, state.value)
+            lane.fresh.add(trial.candidate, state.value, step=candidate.step)
+            self._forget_cold(lane, trial.candidate)
         for race in (trial.id, *lane.rivals.get(trial.id, ())):
             self._learn_pair(lane, race)
         # whoever waits for a first fresh run of what it was built on
         lane.due |= {name: None for name in lane.screened if self.candidates[name].base == trial.candidate}
+
+    def _forget_cold(self, lane: Lane, program: str) -> None:
+        """Takes out what slots gave in their first runs, once a program has enough others."""
+        runs = [self.trials[name] for name in lane.fresh_runs[program][:COLD_LOOK]]
+        cold = [run for run in runs if run.cold and run.value is not None and run.trial.id not in lane.forgotten]
+        if cold and len(lane.fresh.values(program)) - len(cold) >= WARM_RUNS:
+            for run in cold:
+                assert run.value is not None
+                lane.fresh.remove(program, run.value)
+                lane.forgotten.add(run.trial.id)
 
     def _learn_curve(self, lane: Lane, base: str, state: TrialState) -> None:
         half, final = lane.halves.mean(base), lane.fresh.mean(base)
@@ -475,7 +498,8 @@ class Study:
         lane.due[ours.trial.candidate] = None
         pair = self.pair_values(ours)
         if pair is not None:
-            lane.differences.add(ours.trial.candidate, pair[0] - pair[1])
+            base = self.candidates[self.candidates[ours.trial.candidate].base]
+            lane.differences.add(ours.trial.candidate, pair[0] - pair[1], step=base.step)
 
     def pair_values(self, ours: TrialState) -> tuple[float, float] | None:
         """Both sides of a pair, once both were measured."""
@@ -518,16 +542,16 @@ class Study:
     def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
         """What the candidate's effect says of changes in general: once, when it is decided."""
         proposal = state.candidate.proposal
-        known = self.judge(lane)
+        known = self.judge(lane, state.base)
         if event.verdict is Verdict.RETEST or known is None or proposal.carries or self.simplifies(state):
             return
         found = [self.screen_evidence(lane, state, known)]
-        pairs = self.race_pairs(state)
+        pairs = self.sound_pairs(lane, state)
         if pairs:
             found.append(known.raced(pairs))
         evidence = [one for one in found if one is not None]
         if evidence:
-            lane.prior = lane.prior.learned(*evidence)
+            lane.prior = known.prior.learned(*evidence)
 
     def _split(self, lane: Lane, union: Proposal) -> None:
         """Opens the members of a union that fell short again, to be carried in two halves."""
@@ -598,8 +622,9 @@ class Study:
                 pair = self.pair_values(ours) if ours.trial.purpose is Purpose.RACE else None
                 if pair is not None:
                     lane.differences.remove(ours.trial.candidate, pair[0] - pair[1])
-            if state.value is not None:
+            if state.value is not None and trial.id not in lane.forgotten:
                 lane.fresh.remove(trial.candidate, state.value)
+            lane.forgotten.discard(trial.id)
         lane.screened.pop(trial.candidate, None)
         lane.due.pop(trial.candidate, None)
         state.outcome = state.measurement = state.halfway = None
@@ -669,13 +694,17 @@ class Study:
             candidate_id = self.candidates[candidate_id].base
         return promised
 
-    def judge(self, lane: Lane) -> judge.Judge | None:
-        """The profile's judge; None before the baseline has shown its noise."""
-        noise = lane.noise()
+    def noise(self, lane: Lane, base: str | None = None) -> judge.Noise | None:
+        """Noise of a program and of those near to it in the lineage: of the champion, unless another one is named."""
+        return lane.fresh.noise(self.candidates[base or lane.champion].step)
+
+    def judge(self, lane: Lane, base: str) -> judge.Judge | None:
+        """The judge of what is built on a program; None before the profile's baseline has shown its noise."""
+        noise = self.noise(lane, base)
         if noise is None or not self.baseline_done(lane):
             return None
-        paired = judge.pair_noise(noise, lane.differences.noise())
-        return judge.Judge(noise, paired, lane.prior, self.settings.direction, self.settings.rules)
+        paired = judge.pair_noise(noise, lane.differences.noise(self.candidates[base].step))
+        return judge.Judge(noise, paired, lane.prior.at(noise.sigma), self.settings.direction, self.settings.rules)
 
     def simplifies(self, state: CandidateState) -> bool:
         """Whether a candidate only has to be no worse: it was made to be smaller, and is."""
@@ -692,15 +721,28 @@ class Study:
         return known.screened(screened.value, self.base_values(lane, state))
 
     def base_values(self, lane: Lane, state: CandidateState) -> Sequence[float]:
-        """Fresh values of what a candidate was built on, as far as the machine is still the one that gave them."""
-        noise = lane.noise()
+        """Fresh values of what a candidate was built on: those that others back, since the machine last changed."""
+        noise = self.noise(lane, state.base)
         values = lane.fresh.values(state.base)
-        return judge.current(values, noise.sigma) if noise else values
+        if noise is None:
+            return values
+        sound = [value for value, is_backed in zip(values, judge.backed(values, noise.sigma), strict=True) if is_backed]
+        return judge.current(sound or values, noise.sigma)
 
     def race_pairs(self, state: CandidateState) -> list[tuple[float, float]]:
         """The pairs of a candidate's race that were measured on both sides."""
         found = [self.pair_values(self.trials[name]) for name in state.races]
         return [pair for pair in found if pair is not None]
+
+    def sound_pairs(self, lane: Lane, state: CandidateState) -> list[tuple[float, float]]:
+        """Those of them whose other side agrees with another run of its program."""
+        pairs, noise = self.race_pairs(state), self.noise(lane, state.base)
+        if noise is None:
+            return pairs
+        values = [*lane.fresh.values(state.base)]
+        values += [theirs for _, theirs in pairs if theirs not in values]  # what was forgotten since
+        known = dict(zip(values, judge.backed(values, noise.sigma), strict=True))
+        return [pair for pair in pairs if known[pair[1]]]
 
     def baseline_done(self, lane: Lane) -> bool:
         """Whether all runs of the profile's first program were measured."""

@@ -230,14 +230,14 @@ def _fate(state: CandidateState, own: list[TrialState]) -> Fate:
 def standing(study: Study, slug: str) -> Standing:
     """A profile's noise, baseline and champion as they are now."""
     lane = study.lane(slug)
-    noise = lane.noise()
+    noise, first_noise = study.noise(lane), study.noise(lane, lane.base)
     baseline, value = study.value(lane.base), study.value(lane.champion)
     baseline_runs, runs = len(lane.fresh.values(lane.base)), len(lane.fresh.values(lane.champion))
     delta = delta_se = None
     if lane.champion != lane.base and baseline is not None and value is not None:
         delta = value - baseline
-        if noise is not None and runs and baseline_runs:
-            delta_se = noise.sigma * math.sqrt(1 / runs + 1 / baseline_runs)
+        if noise is not None and first_noise is not None and runs and baseline_runs:
+            delta_se = math.sqrt(noise.sigma**2 / runs + first_noise.sigma**2 / baseline_runs)
     of_base, of_champion = _reported(study, lane.base), _reported(study, lane.champion)
     return Standing(
         profile=lane.profile,

@@ -333,7 +333,7 @@ def realistic(
 
     With `until_s=700`, trials are in flight on both and a candidate waits for its second run.
     """
-    history = History(settings or Settings(max_trials=200), listener=listener)
+    history = History(settings or Settings(max_trials=200, noise_share=0.02), listener=listener)
     history.start(CPU, GPU)
     ideas = {
         CPU.profile.slug: [*CPU_IDEAS, *small_ideas(200, seed=5)],

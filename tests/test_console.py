@@ -220,7 +220,8 @@ def test_the_last_trials_show_verdict_delta_and_hypothesis_newest_first(study: S
         assert f" {state.delta:+.4f} ± 0.0" in line
         assert line.rstrip().endswith(state.candidate.proposal.hypothesis)
     assert any(
-        re.match(r"c\d{4} rtx3060-12gb\s+retest\s+1\.\d{4} -0\.00\d\d ± 0\.00\d\d DEPTH 8 → 6", line) for line in shown
+        re.match(r"c\d{4} rtx3060-12gb\s+retest\s+1\.\d{4,5} -0\.00\d{2,3} ± 0\.00\d{2,3} DEPTH 8 → 6", line)
+        for line in shown
     )
     assert any(re.match(r"c\d{4} cpu\s+crashed\s+–\s+exit code 1: WEIGHT_DECAY", line) for line in shown)
 

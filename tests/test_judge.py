@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import stdev
+from statistics import fmean, median, stdev
 
 import pytest
 from hypothesis import given
@@ -19,10 +19,11 @@ from raysearch.judge import (
     Prior,
     Replicates,
     Rules,
+    backed,
     gain_of,
     greedy,
+    local_noise,
     pair_noise,
-    pooled_noise,
 )
 from raysearch.model import Direction, Verdict
 
@@ -37,18 +38,69 @@ def a_judge(noise: Noise = KNOWN, *, direction: Direction = MIN, prior: Prior | 
 # ---- noise ----
 
 
-def test_pooled_noise_of_one_group_is_its_standard_deviation():
+def test_the_noise_of_one_program_is_its_standard_deviation():
     values = [1.0, 1.1, 0.9, 1.3]
-    assert pooled_noise([values]) == Noise(pytest.approx(stdev(values)), 3)  # pyright: ignore[reportArgumentType]
+    assert local_noise([(1.0, values)]) == Noise(pytest.approx(stdev(values)), 3)  # pyright: ignore[reportArgumentType]
 
 
-def test_pooled_noise_does_not_see_differences_between_programs():
-    noise = pooled_noise([[1.0, 1.2], [5.0, 5.2], [9.0]])
+def test_noise_does_not_see_differences_between_programs():
+    noise = local_noise([(1.0, [1.0, 1.2]), (1.0, [5.0, 5.2]), (1.0, [9.0])])
     assert noise == Noise(pytest.approx(math.sqrt(0.02)), 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_replicates_no_noise():
-    assert pooled_noise([[1.0], [2.0]]) is None
+    assert local_noise([(1.0, [1.0]), (1.0, [2.0])]) is None
+    assert Replicates().noise() is None
+
+
+def test_the_variances_of_programs_count_by_their_weights():
+    noise = local_noise([(1.0, [0.0, 0.2]), (0.5, [0.0, 0.1])])
+    assert noise == Noise(pytest.approx(math.sqrt((0.02 + 0.5 * 0.005) / 1.5)), 1.5)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_little_is_known_from_far_away_never_counts_less_than_one_degree_of_freedom():
+    replicates = Replicates()
+    for value in (1.0, 1.2):
+        replicates.add("first", value)
+    assert replicates.noise(9) == Noise(pytest.approx(math.sqrt(0.02)), 1.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_noise_follows_the_lineage_from_the_first_program_to_later_ones():
+    draw, replicates = random.Random(1), Replicates()
+    for step, sigma in enumerate((0.05, 0.03, 0.01, 0.01, 0.01)):
+        for _ in range(5):
+            replicates.add(f"step {step}", draw.gauss(0.0, sigma), step=step)
+    first, last = replicates.noise(0), replicates.noise(4)
+    assert first is not None
+    assert last is not None
+    assert 0.03 < first.sigma < 0.07
+    assert 0.007 < last.sigma < 0.017
+    assert last.dof < 4 * 4  # what is far away says less
+
+
+@pytest.mark.parametrize(("others", "most"), [(4, 3.0), (7, 2.3), (19, 1.5)])
+def test_a_single_slow_run_does_not_make_everything_look_noisy(others: int, most: float):
+    draw = random.Random(2)
+    found: list[float] = []
+    for _ in range(200):
+        noise = local_noise([(1.0, [20.0, *(draw.gauss(0.0, 1.0) for _ in range(others))])])
+        assert noise is not None
+        found.append(noise.sigma)
+    assert median(found) < most
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 12])
+def test_what_keeps_slow_runs_from_counting_takes_next_to_nothing_from_plain_noise(count: int):
+    draw = random.Random(3)
+    found = [local_noise([(1.0, [draw.gauss(0.0, 1.0) for _ in range(count)])]) for _ in range(3000)]
+    assert fmean(one.sigma**2 for one in found if one) == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_value_that_no_other_agrees_with_is_not_backed():
+    assert backed([1.0], 0.01) == [True]
+    assert backed([1.0, 1.02, 1.3], 0.01) == [True, True, False]
+    assert backed([1.0, 1.3], 0.01) == [False, False]
+    assert backed([1.3, 1.0, 1.3], 0.01) == [True, False, True]
 
 
 @given(
@@ -65,7 +117,7 @@ def test_replicates_added_and_taken_out_again_are_those_that_are_left(
         if place < len(left):
             replicates.remove(*left.pop(place))
     groups = {name: [value for other, value in left if other == name] for name in "abc"}
-    scratch, found = pooled_noise(groups.values()), replicates.noise()
+    scratch, found = local_noise((1.0, values) for values in groups.values()), replicates.noise()
     assert (found and found.dof) == (scratch and scratch.dof)
     if found and scratch:
         assert found.sigma == pytest.approx(scratch.sigma, abs=1e-5)
@@ -147,6 +199,30 @@ def test_a_better_number_is_never_believed_less_within_what_noise_explains(
     assert other.gain >= one.gain - 1e-9
     # a t far out is flat: the prior alone decides there, so that P may fall back a little
     assert other.p_better >= one.p_better - (1e-9 if abs(delta) + more < 0.2 else 0.05)
+
+
+def test_what_was_learned_of_effects_stays_true_in_the_metric_when_the_noise_changes():
+    prior = Prior().at(0.05)
+    for _ in range(60):
+        prior = prior.learned(Evidence(2.0, 0.1, 60))  # better by 0.1
+    moved = prior.at(0.01)
+    assert moved.unit == pytest.approx(0.01, rel=0.27)
+    assert moved.better() == pytest.approx(prior.better())
+    assert sum(moved.counts) == pytest.approx(sum(prior.counts))
+    for one in (prior, moved):
+        assert one.unit is not None
+        likely = max(zip(one.counts, EFFECTS, strict=True))[1]
+        assert likely * one.unit == pytest.approx(0.1, rel=0.3)
+    assert moved.at(0.05).counts == pytest.approx(prior.counts)
+    assert prior.at(0.05 * 1.1) is prior
+    assert prior.at(0.0) is prior
+
+
+def test_an_effect_beyond_the_grid_counts_at_its_end():
+    prior = Prior().at(1.0)
+    for _ in range(60):
+        prior = prior.learned(Evidence(-1000.0, 1.0, 60))
+    assert prior.at(1e-4).better() == pytest.approx(prior.better())
 
 
 # ---- screening ----

@@ -105,6 +105,40 @@ def test_greedy_keeps_what_looks_better_once_and_compares_with_the_run_that_the_
         assert [event.verdict for event in told.conclude()] == [verdict]
 
 
+def test_a_win_over_a_run_that_no_other_run_of_the_champion_agrees_with_is_no_win_yet():
+    told = ready(noise_share=0.0)
+    name = told.candidate()
+    told.promise(name, value=0.5)
+    told.wait(1000.0)  # the baselines are too old for a pair
+    told.run("cpu-base-reference1", 1.5, slot="b")
+    told.run(f"{name}-pair1", 1.0)
+    (event,) = told.conclude()
+    assert event.verdict is Verdict.RETEST
+    assert event.reason.endswith("but no other run of what it was built on agrees with that one")
+    told.run("cpu-base-reference2", 1.0, slot="b")
+    told.run(f"{name}-pair2", 0.6)
+    (event,) = told.conclude()
+    assert event.delta == pytest.approx(-0.4)  # of the pair that is believed
+
+
+def test_a_program_is_judged_by_the_noise_around_it():
+    told = ready()
+    for value in (1.0, 0.7, 0.4):
+        name = told.candidate()
+        told.promise(name, value=value - 0.3)
+        told.win(name, than=value)
+    assert told.state(name).step == 3
+    for number in range(8):
+        told.lane.fresh.add(name, 0.1 + 0.001 * (-1) ** number, step=3)
+    late, early = (told.study.judge(told.lane, base) for base in (name, "cpu-base"))
+    assert late is not None
+    assert early is not None
+    assert 0.001 < late.noise.sigma < 0.004
+    assert 0.005 < early.noise.sigma < 0.02
+    assert late.prior.unit == pytest.approx(late.noise.sigma, rel=0.3)
+    assert early.prior.unit == pytest.approx(early.noise.sigma, rel=0.3)
+
+
 # ---- the ratchet ----
 
 
@@ -530,7 +564,7 @@ THREE = tuple(Slot(name, "cpu") for name in "abc")
 
 def drifting(*, drift: float = 0.0, speed: float = 0.7) -> tuple[Told, SlotSetAside]:
     """A study of which slot `c` is slow or gives other numbers, and what is to be done about it now."""
-    told = ready(slots=THREE, noise_share=0.5)
+    told, references = ready(slots=THREE, noise_share=0.5), 0
     for number in range(400):
         for event in events(told):
             if isinstance(event, SlotSetAside):
@@ -540,7 +574,8 @@ def drifting(*, drift: float = 0.0, speed: float = 0.7) -> tuple[Told, SlotSetAs
             told.candidate()
         trial = told.starts()[0]
         noise = 0.01 * ((number * 7) % 5 - 2)
-        slot = "abc"[number // 2 % 3] if trial.purpose is Purpose.REFERENCE else "a"
+        slot = "abc"[references % 3] if trial.purpose is Purpose.REFERENCE else "a"
+        references += trial.purpose is Purpose.REFERENCE
         bad = slot == "c"
         told.start(trial.id, slot=slot)
         value = 1.0 + noise + drift * bad if trial.purpose is Purpose.REFERENCE else 2.0
@@ -639,7 +674,7 @@ def test_what_an_undecided_trial_said_on_a_slot_that_is_set_aside_is_taken_back_
     told.promise(name)
     told.wait(1000.0)
     ours, theirs = f"{name}-pair1", "cpu-base-reference1"
-    fresh, pairs = told.lane.noise(), told.lane.differences.noise()
+    fresh, pairs = told.study.noise(told.lane), told.lane.differences.noise()
     values = list(told.lane.fresh.values("cpu-base"))
     told.start(theirs, slot="c")
     told.start(ours, slot="c")
@@ -650,7 +685,7 @@ def test_what_an_undecided_trial_said_on_a_slot_that_is_set_aside_is_taken_back_
     repeat = (ours, theirs) if both else (ours,)
     told.add(SlotSetAside("c", "cpu", "it drifts", repeat))
     if both:
-        noise = told.lane.noise()
+        noise = told.study.noise(told.lane)
         assert noise is not None
         assert fresh is not None
         assert (noise.sigma, noise.dof) == (pytest.approx(fresh.sigma), fresh.dof)
@@ -777,6 +812,7 @@ def test_asking_what_to_do_changes_nothing_that_is_answered():
     replayed = Study(told.study.settings)
     for record in told.records:
         replayed.apply(record)
+        replayed.warm |= told.study.warm
     assert vars(replayed) == vars(told.study)
 
 

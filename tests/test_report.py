@@ -151,7 +151,7 @@ def test_the_summary_names_champion_noise_and_every_step(study: Study) -> None:
     cpu = part(text, "## cpu")
     at = tally.standing(study, "cpu")
     assert at.noise is not None
-    assert f"σ = {at.noise.sigma:.4f} from run to run ({at.noise.dof} degrees of freedom)" in cpu
+    assert f"σ = {at.noise.sigma:.4f} from run to run ({round(at.noise.dof)} degrees of freedom)" in cpu
     assert f"Baseline: val_bpb {at.baseline:.4f} (mean of {at.baseline_runs} runs)" in cpu
     assert f"Champion: val_bpb {at.value:.4f}" in cpu
     assert "better (±" in cpu
@@ -190,7 +190,7 @@ def test_the_shares_of_slot_time_add_up(study: Study) -> None:
 
 
 def test_the_time_between_a_kill_and_the_next_session_is_neither_idle_nor_a_gap() -> None:
-    history = History(Settings(max_trials=6))
+    history = History(Settings(max_trials=12))
     history.start(CPU)
     simulation = Simulation(history, {"cpu": CPU_IDEAS}, CPU)
     simulation.run(100.0)

@@ -10,7 +10,7 @@ from told import CPU, TRIAL_S, Told, ready
 from raysearch import judge
 from raysearch.bandit import Arm, Tally
 from raysearch.futility import FEWEST, spared
-from raysearch.model import Operator, Outcome, Purpose, SessionStarted, Verdict
+from raysearch.model import Operator, Outcome, Purpose, SessionStarted, SlotSetAside, Trial, TrialStarted, Verdict
 from raysearch.schedule import FRESH_TRIALS, SPARE_PAIRS, Slot, queue_length, queued
 from raysearch.study import candidate_id
 
@@ -314,7 +314,52 @@ def share_of_repeats(*values: float, trials: int = 200) -> float:
 
 
 def test_now_and_then_the_champion_runs_again_for_the_noise():
-    assert share_of_repeats(1.03, 1.03, 1.03, 1.004) == pytest.approx(0.05, abs=0.01)
+    assert 0.04 < share_of_repeats(1.03, 1.03, 1.03, 1.004) < 0.08
+
+
+def test_the_less_is_known_of_the_noise_the_sooner_the_champion_runs_again():
+    assert share_of_repeats(1.03, 1.03, 1.03, 1.004, trials=40) >= 0.1
+
+
+def test_a_run_of_the_champion_that_no_other_agrees_with_is_repeated_at_once():
+    told = ready(noise_share=0.05, slots=slots(1))
+    for _ in range(2):
+        told.candidate()
+    told.add(TrialStarted(told_reference(told, 1), 1, "0"))
+    told.end("cpu-base-reference1", 1.5)
+    assert [trial.id for trial in told.starts()] == ["cpu-base-reference2"]
+    told.run("cpu-base-reference2", 1.0)
+    assert [trial.purpose for trial in told.starts()] == [Purpose.SCREEN]
+
+
+def told_reference(told: Told, number: int) -> Trial:
+    """A run of the champion beside all others."""
+    name = f"cpu-base-reference{number}"
+    return Trial(name, "cpu-base", "cpu", told.lane.champion_commit, Purpose.REFERENCE, 1000 + number)
+
+
+def test_the_first_run_on_a_slot_is_no_other_side_of_a_pair():
+    told = Told()
+    told.begin()
+    told.baselines()  # on slot a: the first one is its first run
+    names = [told.candidate() for _ in range(1)]
+    told.promise(*names)
+    rivals = {trial.rival for trial in told.could().values() if trial.candidate == names[0]}
+    assert "cpu-base-2" in rivals
+    assert "cpu-base-1" not in rivals
+
+
+def test_the_first_run_on_a_slot_counts_until_three_others_of_the_program_do():
+    told = Told(noise_share=0.9, slots=slots(1))
+    told.begin()
+    told.baselines(values=(1.5, 1.0, 1.01))
+    assert list(told.lane.fresh.values("cpu-base")) == [1.5, 1.0, 1.01]
+    told.candidate()
+    told.add(TrialStarted(told_reference(told, 1), 1, "a"))
+    told.end("cpu-base-reference1", 0.99)
+    assert list(told.lane.fresh.values("cpu-base")) == [1.0, 1.01, 0.99]
+    told.add(SlotSetAside("a", "cpu", "it drifts", ("cpu-base-1",)))  # and it is not taken out twice
+    assert list(told.lane.fresh.values("cpu-base")) == [1.0, 1.01, 0.99]
 
 
 def test_the_champion_runs_again_sooner_when_nothing_looks_any_good():

@@ -15,6 +15,8 @@ import pytest
 from raysearch.errors import UserError
 from raysearch.executors import RunEnded, SlotJoined, SlotLeft
 from raysearch.executors.simulated import (
+    CONTENDED,
+    PER_DOUBLING,
     Faults,
     MemoryRatchet,
     SimulatedExecutor,
@@ -163,9 +165,10 @@ def results(executor: SimulatedExecutor) -> list[RunResult]:
     return found
 
 
-def ready(*slots: SimulatedSlot, **options: float) -> tuple[VirtualClock, SimulatedExecutor]:
+def ready(
+    *slots: SimulatedSlot, faults: Faults | None = None, **options: float
+) -> tuple[VirtualClock, SimulatedExecutor]:
     clock = VirtualClock()
-    faults = Faults(options.pop("crash_rate", 0.0), options.pop("loss_rate", 0.0))
     executor = SimulatedExecutor(clock, slots or [SimulatedSlot("a", h100())], faults=faults, **options)  # pyright: ignore[reportArgumentType]
     executor.poll(0.0)
     return clock, executor
@@ -242,6 +245,33 @@ def test_programs_share_a_part_of_their_noise_in_runs_with_one_seed():
     theirs = values_with(executor, {"SOFT_CAP": 16.0}, range(600))
     assert statistics.stdev(ours) == pytest.approx(h100().sigma, rel=0.1)
     assert statistics.correlation(ours, theirs) == pytest.approx(0.3, abs=0.1)
+
+
+def test_a_first_program_may_be_noisier_than_what_a_search_arrives_at():
+    uneven = h100(sigma=4e-4, rough=5.0)
+    _, executor = ready(SimulatedSlot("a", uneven), paired=0.0)
+    spreads = [
+        statistics.stdev(values_with(executor, dict(starts(uneven, regime)), range(300)))
+        for regime in (Regime.EARLY, Regime.MID, Regime.LATE)
+    ]
+    assert spreads == sorted(spreads, reverse=True)
+    assert spreads[0] == pytest.approx(5 * 4e-4, rel=0.15)
+    assert spreads[2] == pytest.approx(4e-4, rel=0.2)
+    assert uneven.sigma_of(2.0) == pytest.approx(5 * 4e-4)  # whatever is worse than the baseline
+    assert h100().sigma_of(2.0) == h100().sigma_of(0.97) == h100().sigma
+
+
+def test_a_machine_that_has_just_started_and_one_that_is_shared_now_and_then_cost_some_runs_something():
+    calm = h100(sigma=0.0)
+    true = calm.value(BASELINE)
+    most = PER_DOUBLING * math.log2(CONTENDED)
+    _, executor = ready(SimulatedSlot("a", calm), faults=Faults(contended_rate=0.1, cold_start=True))
+    values = values_with(executor, {}, range(400))
+    lost = [value - true for value in values if value != pytest.approx(true, abs=1e-12)]
+    assert values[0] > true  # the slot's first run
+    assert 20 < len(lost) < 65
+    assert min(lost) > 0
+    assert most / 2 < max(lost) <= most
 
 
 def test_a_drifting_slot_and_a_slow_one_show_in_their_results():

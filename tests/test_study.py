@@ -191,7 +191,7 @@ def test_fresh_runs_make_the_noise_better_known_and_the_first_run_does_not():
     told = ready()
     name = told.candidate()
     told.promise(name, value=0.1)
-    noise = told.lane.noise()
+    noise = told.study.noise(told.lane)
     assert noise is not None
     assert noise.dof == 2
     told.pair(name)

@@ -30,6 +30,7 @@ STARTED_AT = 1_800_000_000.0  # Unix time at which simulations begin
 STARTUP = 0.4  # of the seconds around training, those before it
 UNEVEN = 0.02  # the seconds around training vary by this much
 HALFWAY_NOISE = 1.5  # standard deviations of the metric, of what half-time adds to them; assumed
+CONTENDED = 1.3  # times longer a step takes at most while somebody else works on the machine
 PER_DOUBLING = 0.04  # val_bpb for a doubling of compute, about: what a slow slot loses
 
 
@@ -96,10 +97,14 @@ class Faults:
     Attributes:
         crash_rate: Share of the programs that crash for a reason that their knobs do not show.
         loss_rate: Share of the runs that are lost with no fault of theirs.
+        contended_rate: Share of the runs during which somebody else works on the machine.
+        cold_start: Whether each slot's first run is such a one: the machine has just started.
     """
 
     crash_rate: float = 0.0
     loss_rate: float = 0.0
+    contended_rate: float = 0.0
+    cold_start: bool = False
 
 
 class SimulatedExecutor:
@@ -131,6 +136,7 @@ class SimulatedExecutor:
         self._slots: dict[str, SimulatedSlot] = {}
         self._running: dict[str, RunSpec] = {}  # by slot
         self._since: dict[str, float] = {}  # when they started, by slot
+        self._warm: set[str] = set()  # slots that had a run
         self._busy_s = 0.0
         self._reports: list[Report] = []
         self._sound: dict[str, str] = {}  # each profile's first program, which has no hidden fault
@@ -222,14 +228,23 @@ class SimulatedExecutor:
         failure = card.failure(values)
         if failure is not None:
             return startup_s, RunResult(*failure)
-        value = card.value(values) + slot.drift + PER_DOUBLING * math.log2(slot.slowness)
-        value += self._noise(card, spec.seed, text)
-        halfway = value + card.halfway_gap + HALFWAY_NOISE * card.sigma * chance.gauss(0.0, 1.0)
+        true = card.value(values)
+        value = true + slot.drift + PER_DOUBLING * math.log2(slot.slowness * self._contention(slot, spec))
+        sigma = card.sigma_of(true)
+        value += sigma * self._noise(card, spec.seed, text)
+        halfway = value + card.halfway_gap + HALFWAY_NOISE * sigma * chance.gauss(0.0, 1.0)
         if spec.futile_above is not None and halfway > spec.futile_above:
             reason = f"{halfway:.4f} at half of the budget, above {spec.futile_above:.4f}"
             return startup_s + card.budget_s / 2, RunResult(Outcome.FUTILE, reason, halfway=halfway)
         measured = _measured(slot, values, value, startup_s, around_s)
         return measured.wall_s, RunResult(Outcome.MEASURED, "", measured, halfway=halfway)
+
+    def _contention(self, slot: SimulatedSlot, spec: RunSpec) -> float:
+        """How many times longer a step takes in this run for what else goes on there."""
+        chance = random.Random(f"{self._seed} contention {spec.trial_id} {spec.attempt}")
+        cold = self._faults.cold_start and slot.id not in self._warm
+        self._warm.add(slot.id)
+        return chance.uniform(1, CONTENDED) if chance.random() < self._faults.contended_rate or cold else 1.0
 
     def _is_faulty(self, slug: str, text: str) -> bool:
         if text == self._sound.setdefault(slug, text):
@@ -237,9 +252,10 @@ class SimulatedExecutor:
         return random.Random(f"{self._seed} {slug} {_digest(text)}").random() < self._faults.crash_rate
 
     def _noise(self, card: Surrogate, seed: int, text: str) -> float:
+        """Of one run, in standard deviations."""
         common = random.Random(f"{self._seed} {card.slug} {seed}").gauss(0.0, 1.0)
         own = random.Random(f"{self._seed} {card.slug} {seed} {_digest(text)}").gauss(0.0, 1.0)
-        return card.sigma * (math.sqrt(self._paired) * common + math.sqrt(1 - self._paired) * own)
+        return math.sqrt(self._paired) * common + math.sqrt(1 - self._paired) * own
 
 
 @lru_cache(maxsize=65536)
