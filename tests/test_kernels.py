@@ -157,11 +157,10 @@ def test_tokens_that_are_a_slice_are_read_as_their_copy_and_the_future_changes_n
     gradients = []
     for x in (rows[:, :-1], rows[:, :-1].clone()):
         model(x, rows[:, 1:]).backward()
-        gradients.append([p.grad for p in model.parameters()])
+        gradients.append([p.grad for p in model.parameters() if p.ndim > 1])
         model.zero_grad()
     for sliced, copied in zip(*gradients, strict=True):
-        if sliced is not None and copied.norm():
-            assert error(sliced, copied) < ERROR  # atomic sums have no order
+        assert error(sliced, copied) < ERROR  # not equal: atomic sums have no order
 
 
 @pytest.mark.parametrize("window", [1, 2, 8])  # over the row's length
@@ -170,12 +169,13 @@ def test_the_fused_attention_is_the_plain_one(case: tuple[ModuleType, int, int],
     module, B, T = hopper(case[0]), case[1], case[2]
     H, D, C, V = module.HEADS, module.HEAD_DIM, module.WIDTH, 50
     h, gates, weight = randn(B, T, C), randn(B, T, H), randn(3 * C, C, std=C**-0.5, dtype=torch.float32)
-    table, tokens = randn(V, C, dtype=torch.float32), torch.randint(0, V, (B, T), device=CUDA)
+    table, tokens = randn(V, C, dtype=torch.float32), (torch.rand(B, T, device=CUDA) ** 3 * V).long()
     place = torch.outer(torch.arange(T, device=CUDA), 100.0 ** -torch.linspace(0, 1, D // 2, device=CUDA))
     cos, sin = (t.unsqueeze(1).bfloat16() for t in (place.cos(), place.sin()))
     extra = (gates, table) if gated else (None, None)
     grad = torch.randn(B, T, C, device=CUDA).bfloat16()
-    got = module.attend(h, weight, *extra, tokens, (cos, sin, module.packed_angles(cos, sin)), T // window)
+    values, rotary = (extra[1], tokens, module.by_token(tokens, V)), (cos, sin, module.packed_angles(cos, sin))
+    got = module.attend(h, weight, extra[0], values, rotary, T // window)
     got.backward(grad)
     h64, weight64, gates64, table64 = doubles(h, weight.bfloat16(), gates, table)
     q, k, v = (h64 @ weight64.mT).view(B, T, 3, H, D).unbind(2)

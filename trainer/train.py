@@ -296,20 +296,27 @@ if HAS_TRITON:
 
     @triton.jit
     def values_backward_kernel(
-        grad, gates, table, tokens, grad_gates, grad_table, rows, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
-    ):
-        """From the gradient of the values, that of the gates and of the embeddings. A row is a head of a token."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        inside = row[:, None] < rows
-        token, head = row // H, row % H
-        column = tl.arange(0, D)[None, :]
-        place = grad + (token.to(tl.int64) * (3 * H) + 2 * H + head)[:, None] * D + column
-        entry = (tl.load(tokens + token, row < rows, 0) * (H * D) + head * D)[:, None] + column
-        value = tl.load(place, inside, 0.0).to(tl.float32)
-        embedding = tl.load(table + entry, inside, 0.0).to(tl.float32)
-        gate = tl.load(gates + row, row < rows, 0.0).to(tl.float32)[:, None]
-        tl.store(grad_gates + row, tl.sum(value * embedding, 1).to(grad_gates.dtype.element_ty), row < rows)
-        tl.atomic_add(grad_table + entry, gate * value, inside, sem="relaxed")
+        grad, gates, table, tokens, order, grad_gates, grad_table, M, H: tl.constexpr, D: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):  # fmt: skip
+        """From the gradient of the values, that of the gates and of the embeddings, of one head at ROWS places.
+
+        order: the places sorted by token. Equal tokens stand together, are summed by a product with the matrix of which
+        equals which, and added to the table once, by the first of them, instead of once each.
+        """
+        number, head = tl.arange(0, ROWS), tl.program_id(0) % H
+        row = tl.program_id(0) // H * ROWS + number
+        inside, follows, column = row < M, (row < M) & (number > 0), tl.arange(0, D)[None, :]
+        place = tl.load(order + row, inside, 0)
+        token = tl.load(tokens + place, inside, -1)
+        first = token != tl.load(tokens + tl.load(order + row - 1, follows, 0), follows, -1)
+        g = tl.load(grad + (place * (3 * H) + 2 * H + head)[:, None] * D + column, inside[:, None], 0.0).to(tl.float32)
+        entry = (token * (H * D) + head * D)[:, None] + column
+        embedding = tl.load(table + entry, inside[:, None], 0.0).to(tl.float32)
+        tl.store(grad_gates + place * H + head, tl.sum(g * embedding, 1).to(grad_gates.dtype.element_ty), inside)
+        g *= tl.load(gates + place * H + head, inside, 0.0).to(tl.float32)[:, None]
+        equal = tl.where(token[:, None] == token[None, :], 1.0, 0.0).to(tl.bfloat16)
+        tl.atomic_add(grad_table + entry, tl.dot(equal, g.to(tl.bfloat16)), (first & inside)[:, None], sem="relaxed")
 
     @triton.jit
     def tile_of(number, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -562,6 +569,7 @@ class FusedAttention(torch.autograd.Function):
         gates: Tensor | None,
         table: Tensor | None,
         tokens: Tensor,
+        order: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         angles: Tensor,
@@ -569,7 +577,8 @@ class FusedAttention(torch.autograd.Function):
     ) -> Tensor:
         """Takes h (B, T, C) and weight (3C, C) float32, and returns (B, T, C).
 
-        gates (B, T, H), table (V, C) float32, tokens (B, T), cos and sin (T, 1, D/2), angles: packed_angles of them.
+        gates (B, T, H), table (V, C) float32, tokens (B, T), order: by_token of them, for the gradient of the table;
+        cos and sin (T, 1, D/2), angles: packed_angles of them.
         """
         B, T = tokens.shape
         rows, weight16 = h.flatten(0, 1), weight.to(h.dtype)
@@ -579,7 +588,7 @@ class FusedAttention(torch.autograd.Function):
         graphs = CudnnAttention.of(B, T, min(window, T), ctx.needs_input_grad[0])
         y, log_sums = graphs.forward(qkv)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(rows, weight16, qkv, y, log_sums, inverse, gates, table, tokens, cos, sin)
+            ctx.save_for_backward(rows, weight16, qkv, y, log_sums, inverse, gates, table, tokens, order, cos, sin)
             ctx.graphs = graphs
         return y.view(B, T, WIDTH)
 
@@ -605,22 +614,28 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         """Through cuDNN, the values' embedding, rotation and norm, and the projection."""
-        rows, weight, qkv, y, log_sums, inverse, gates, table, tokens, cos, sin = ctx.saved_tensors
+        rows, weight, qkv, y, log_sums, inverse, gates, table, tokens, order, cos, sin = ctx.saved_tensors
         grad = ctx.graphs.backward(qkv, y, log_sums, grad_y.contiguous())
         heads = len(inverse)
         grad_gates = grad_table = None
         if gates is not None:
             grad_gates = torch.empty_like(gates)
             grad_table = torch.zeros(table.shape, device=table.device)
-            values_backward_kernel[(triton.cdiv(heads // 2, 32),)](
-                grad, gates, table, tokens, grad_gates, grad_table, heads // 2, HEADS, HEAD_DIM, 32
+            values_backward_kernel[(triton.cdiv(len(rows), 64) * HEADS,)](
+                grad, gates, table, tokens, order, grad_gates, grad_table, len(rows), HEADS, HEAD_DIM, 64
             )
         heads_backward_kernel[(triton.cdiv(heads, 32),)](
             grad, qkv, cos, sin, inverse, heads, tokens.size(1), HEADS, HEAD_DIM // 2, 32
         )
         grad_weight = torch.mm(grad.mT, rows, out_dtype=torch.float32)
         grad_h = (grad @ weight).view(grad_y.shape)
-        return grad_h, grad_weight, grad_gates, grad_table, None, None, None, None, None
+        return grad_h, grad_weight, grad_gates, grad_table, None, None, None, None, None, None
+
+
+def by_token(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The places of tokens (B, T), one row behind the other, sorted by token: (B · T)."""
+    small = torch.int16 if vocab_size < 2**15 else torch.int32  # fewer bits are sorted in fewer passes
+    return tokens.flatten().to(small).argsort()
 
 
 def packed_angles(cos: Tensor, sin: Tensor) -> Tensor:
@@ -745,15 +760,14 @@ def attend(
     h: Tensor,
     weight: Tensor,
     gates: Tensor | None,
-    table: Tensor | None,
-    tokens: Tensor,
+    values: tuple[Tensor | None, Tensor, Tensor | None],
     rotary: tuple[Tensor, Tensor, Tensor | None],
     window: int,
 ) -> Tensor:
     """The attention of a layer, (B, T, C) to (B, T, C), with the projection (3C, C) to queries, keys and values."""
     if h.is_cuda and has_hopper_kernels():
-        return FusedAttention.apply(h, weight, gates, table, tokens, *rotary, window)
-    cos, sin, _ = rotary
+        return FusedAttention.apply(h, weight, gates, *values, *rotary, window)
+    (table, tokens, _), (cos, sin, _) = values, rotary
     return attention(*split_heads(project(h, weight), gates, table, tokens, cos, sin), window).flatten(2)
 
 
@@ -806,14 +820,13 @@ class Block(nn.Module):
             mlp_out: What the last layer's MLP adds to it.
             x0: The token embedding.
             scales: How much of x is kept, and how much of x0 is added; 0-d.
-            values: The layer's value embedding (V, C) or None, and the tokens (B, T).
+            values: The layer's value embedding (V, C) or None, the tokens (B, T), and by_token for the kernel or None.
             rotary: Cosines and sines, and both packed for the kernel.
             window: How far the layer looks back.
         """
-        table, tokens = values
         x, h, some, passed = add_norm(x, mlp_out, x0, *scales, head=0 if self.gate is None else self.GATE_WIDTH)
         gates = None if self.gate is None else 2 * torch.sigmoid(project(some, self.gate.weight))
-        y = attend(h, self.qkv.weight, gates, table, tokens, rotary, window)
+        y = attend(h, self.qkv.weight, gates, values, rotary, window)
         x, h, _, _ = add_norm(x, project(y, self.out.weight))
         return x, mlp(h, self.up.weight, self.down.weight), passed
 
@@ -858,11 +871,13 @@ class GPT(nn.Module):
         T, tokens = tokens.size(1), tokens.contiguous()  # the kernels read them one after the other
         if T not in self.rotaries:
             self.rotaries[T] = self.rotary(T, tokens.device)
+        sorts = self.value_embeds and torch.is_grad_enabled() and tokens.is_cuda and has_hopper_kernels()
+        order = by_token(tokens, self.embed.num_embeddings) if sorts else None
         x = x0 = embed(tokens, self.embed.weight, self.dtype)
         mlp_out = None
         scales = zip(self.residual_scale.unbind(), self.x0_scale.unbind(), strict=True)
         for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
-            values = self.value_embeds.get(str(i)), tokens
+            values = self.value_embeds.get(str(i)), tokens, order
             x, mlp_out, x0 = block(x, mlp_out, x0, scale, values, self.rotaries[T], self.windows[i])
         _, h, _, _ = add_norm(x, mlp_out)  # normalised for the output matrix
         if targets is None:
