@@ -227,6 +227,15 @@ if HAS_TRITON:
         tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
 
     @triton.jit
+    def scale_kernel(x, scale, size, BLOCK: tl.constexpr):
+        """Multiplies x by a 0-d tensor, in place; where that is 1, which only the device knows, x is not touched."""
+        factor = tl.load(scale)
+        if factor != 1.0:
+            place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            y = tl.load(x + place, place < size, 0.0).to(tl.float32) * factor
+            tl.store(x + place, y.to(x.dtype.element_ty), place < size)
+
+    @triton.jit
     def add_norm_kernel(
         x, other, x0, keep, add, out, h, head, rows, C: tl.constexpr, HEAD: tl.constexpr, ADDS: tl.constexpr,
         MIXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -451,14 +460,17 @@ class FusedLoss(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_rows[part])
                 grad_weight += torch.mm(logits.mT, rows[part], out_dtype=torch.float32)
         ctx.save_for_backward(grad_rows, grad_weight)
-        ctx.shape = h.shape
+        ctx.shape, ctx.spent = h.shape, False
         return losses.mean()
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients were made on the way forward."""
+        """The gradients were made on the way forward, and are scaled in place: once."""
+        assert not ctx.spent, "a second backward pass through one FusedLoss would scale its gradients twice"
+        ctx.spent = True
         grad_rows, grad_weight = ctx.saved_tensors
-        return (grad_rows * grad.to(grad_rows.dtype)).view(ctx.shape), grad_weight * grad, None
+        scale_kernel[(triton.cdiv(grad_rows.numel(), 8192),)](grad_rows, grad, grad_rows.numel(), 8192, num_warps=8)
+        return grad_rows.view(ctx.shape), grad_weight * grad, None
 
 
 class FusedAddNorm(torch.autograd.Function):
