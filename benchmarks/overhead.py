@@ -200,13 +200,13 @@ def side_by_side(pairs: int, budget_s: float, data: Path | None) -> None:
         niceness=0,
     )
     waiting = how.waiting or (*how.command[:4], "--wait")  # a CPU slot has none otherwise
-    data, nursery = data or prepare(preset, None).folder, Nursery()
+    rows, nursery = str(data.resolve()) if data else prepare(preset, None).folder, Nursery()
     found: dict[bool, list[Measurement]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(2 * pairs + 2):
             served = number % 2 == 1
             one = dataclasses.replace(spec, trial_id=f"t{number}", waiting=waiting if served else ())
-            run = Run(one, out=Path(folder) / one.trial_id, data=data, env=os.environ, slot="here", nursery=nursery)
+            run = Run(one, out=Path(folder) / one.trial_id, data=rows, env=os.environ, slot="here", nursery=nursery)
             result = run.wait()
             if result.measurement is None:
                 raise SystemExit(f"{one.trial_id}: {result.outcome.value}: {result.reason}")

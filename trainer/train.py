@@ -250,15 +250,6 @@ if HAS_TRITON:
         tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def scale_kernel(x, scale, size, BLOCK: tl.constexpr):
-        """Multiplies x by a 0-d tensor, in place; where that is 1, which only the device knows, x is not touched."""
-        factor = tl.load(scale)
-        if factor != 1.0:
-            place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            y = tl.load(x + place, place < size, 0.0).to(tl.float32) * factor
-            tl.store(x + place, y.to(x.dtype.element_ty), place < size)
-
-    @triton.jit
     def add_norm_kernel(
         x, other, x0, keep, add, out, h, head, rows, C: tl.constexpr, HEAD: tl.constexpr, ADDS: tl.constexpr,
         MIXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -307,10 +298,27 @@ if HAS_TRITON:
         tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), inside)
 
     @triton.jit
+    def heads_kernel(qkv, cos, sin, inverse, rows, T, H: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr):
+        """Rotates and normalises queries and keys in place; notes 1 / RMS of each. A row is a head of a token."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row[:, None] < rows
+        token, head = row // (2 * H), row % (2 * H)
+        column = tl.arange(0, HALF)[None, :]
+        place = qkv + (token.to(tl.int64) * (3 * H) + head)[:, None] * (2 * HALF) + column
+        angle = (token % T)[:, None] * HALF + column
+        c, s = tl.load(cos + angle, inside).to(tl.float32), tl.load(sin + angle, inside).to(tl.float32)
+        left, right = tl.load(place, inside).to(tl.float32), tl.load(place + HALF, inside).to(tl.float32)
+        one, two = left * c + right * s, right * c - left * s
+        scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + 1e-6)
+        tl.store(inverse + row, scale, row < rows)
+        tl.store(place, (one * scale[:, None]).to(qkv.dtype.element_ty), inside)
+        tl.store(place + HALF, (two * scale[:, None]).to(qkv.dtype.element_ty), inside)
+
+    @triton.jit
     def heads_backward_kernel(
         grad, qkv, cos, sin, inverse, rows, T, H: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr
     ):
-        """The gradient of qkv_kernel's rotation and norm, in place, from its results. A row is a head of a token."""
+        """The gradient of heads_kernel, in place, from its results."""
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         inside = row[:, None] < rows
         token, head = row // (2 * H), row % (2 * H)
@@ -327,28 +335,24 @@ if HAS_TRITON:
         tl.store(grad + offset + HALF, (g1 * s + g2 * c).to(grad.dtype.element_ty), inside)
 
     @triton.jit
-    def values_backward_kernel(
-        grad, gates, table, tokens, order, grad_gates, grad_table, M, H: tl.constexpr, D: tl.constexpr,
-        ROWS: tl.constexpr,
+    def values_kernel(
+        qkv, gates, table, tokens, grad_gates, grad_table, rows, H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+        BACKWARD: tl.constexpr,
     ):  # fmt: skip
-        """From the gradient of the values, that of the gates and of the embeddings, of one head at ROWS places.
-
-        order: the places sorted by token. Equal tokens stand together, are summed by a product with the matrix of which
-        equals which, and added to the table once, by the first of them, instead of once each.
-        """
-        number, head = tl.arange(0, ROWS), tl.program_id(0) % H
-        row = tl.program_id(0) // H * ROWS + number
-        inside, follows, column = row < M, (row < M) & (number > 0), tl.arange(0, D)[None, :]
-        place = tl.load(order + row, inside, 0)
-        token = tl.load(tokens + place, inside, -1)
-        first = token != tl.load(tokens + tl.load(order + row - 1, follows, 0), follows, -1)
-        g = tl.load(grad + (place * (3 * H) + 2 * H + head)[:, None] * D + column, inside[:, None], 0.0).to(tl.float32)
-        entry = (token * (H * D) + head * D)[:, None] + column
-        embedding = tl.load(table + entry, inside[:, None], 0.0).to(tl.float32)
-        tl.store(grad_gates + place * H + head, tl.sum(g * embedding, 1).to(grad_gates.dtype.element_ty), inside)
-        g *= tl.load(gates + place * H + head, inside, 0.0).to(tl.float32)[:, None]
-        equal = tl.where(token[:, None] == token[None, :], 1.0, 0.0).to(tl.bfloat16)
-        tl.atomic_add(grad_table + entry, tl.dot(equal, g.to(tl.bfloat16)), (first & inside)[:, None], sem="relaxed")
+        """Adds the gated embedding of the token to the values in place; backward: from their gradient, that of both."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        inside = row[:, None] < rows
+        token, head = row // H, row % H
+        column = tl.arange(0, D)[None, :]
+        place = qkv + (token.to(tl.int64) * (3 * H) + 2 * H + head)[:, None] * D + column
+        entry = (tl.load(tokens + token, row < rows, 0) * (H * D) + head * D)[:, None] + column
+        value, embedding = tl.load(place, inside, 0.0).to(tl.float32), tl.load(table + entry, inside, 0.0)
+        gate = tl.load(gates + row, row < rows, 0.0).to(tl.float32)[:, None]
+        if BACKWARD:
+            tl.store(grad_gates + row, tl.sum(value * embedding, 1).to(grad_gates.dtype.element_ty), row < rows)
+            tl.atomic_add(grad_table + entry, gate * value, inside, sem="relaxed")
+        else:
+            tl.store(place, (value + gate * embedding).to(qkv.dtype.element_ty), inside)
 
     @triton.jit
     def tile_of(number, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -361,72 +365,6 @@ if HAS_TRITON:
     def halves(x):
         """The left and the right half of a tile: stored one after the other they take half the shared memory."""
         return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-    @triton.jit
-    def with_embeddings(x, gates, table, tokens, token, head, M, H: tl.constexpr, D: tl.constexpr):
-        """Values in x (BM, N · D) plus the gated embeddings of their tokens. Leaves queries and keys as they are."""
-        inside = (token < M) & (head >= 2 * H) & (head < 3 * H)
-        gate = tl.load(gates + token * H + head - 2 * H, inside, 0.0).to(tl.float32)
-        entry = tl.load(tokens + token, token < M, 0) * (H * D) + (head - 2 * H) * D + tl.arange(0, D)[None, None, :]
-        return x + tl.reshape(gate * tl.load(table + entry, inside, 0.0).to(tl.float32), x.shape)
-
-    @triton.jit
-    def turned_heads(
-        x, angle, inverse, token, head, M, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, MIXED: tl.constexpr
-    ):
-        """Queries and keys in x (BM, N · D), rotated and normalised; notes 1 / RMS. Leaves values alone if MIXED."""
-        c, s = (angle << 16).to(tl.float32, bitcast=True), (angle & -65536).to(tl.float32, bitcast=True)
-        turns = head < 2 * H
-        if MIXED:
-            c, s = tl.where(turns, c, 1.0), tl.where(turns, s, 0.0)
-        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], N, 2, D // 2)), (0, 1, 3, 2)))
-        one, two = left * c + right * s, right * c - left * s
-        scale = tl.rsqrt(tl.sum(one * one + two * two, 2, keep_dims=True) / D + 1e-6)
-        tl.store(inverse + token * (2 * H) + head, scale, (token < M) & turns)
-        if MIXED:
-            scale = tl.where(turns, scale, 1.0)
-        return tl.reshape(tl.permute(tl.join(one * scale, two * scale), (0, 1, 3, 2)), x.shape)
-
-    @triton.jit
-    def qkv_kernel(
-        h, weight, out, angles, inverse, gates, table, tokens, M, T, H: tl.constexpr, D: tl.constexpr,
-        VALUES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
-    ):  # fmt: skip
-        """split_heads of h weightᵀ, (M, 3 · H · D), without a pass over it. angles: packed_angles.
-
-        A tile has heads of queries and keys, heads of values, or, where BN does not divide their width, both. Each kind
-        has a branch with all of its work: a tensor that left a branch would change its layout, through shared memory.
-        """
-        MIXED: tl.constexpr = 2 * H * D % BN != 0
-        tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(3 * H * D, BN)
-        for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
-            m, n = tile_of(number, tiles_m, tiles_n, 8)
-            sums = tl.zeros((BM, BN), tl.float32)
-            for k in range(0, H * D, BK):
-                sums = tl.dot(h.load([m * BM, k]), weight.load([n * BN, k]).T, sums)
-            token = (m * BM + tl.arange(0, BM))[:, None, None]
-            head = (n * (BN // D) + tl.arange(0, BN // 2 // D))[None, :, None]
-            after = head + BN // 2 // D
-            if n * BN < 2 * H * D:
-                left, right = halves(sums)
-                angle = tl.reshape(angles.load([m * BM % T, 0]), (BM, 1, D // 2))
-                left = turned_heads(left, angle, inverse, token, head, M, H, D, BN // 2 // D, MIXED)
-                if VALUES and MIXED:
-                    left = with_embeddings(left, gates, table, tokens, token, head, M, H, D)
-                out.store([m * BM, n * BN], left.to(tl.bfloat16))
-                right = turned_heads(right, angle, inverse, token, after, M, H, D, BN // 2 // D, MIXED)
-                if VALUES and MIXED:
-                    right = with_embeddings(right, gates, table, tokens, token, after, M, H, D)
-                out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
-            if n * BN >= 2 * H * D:
-                left, right = halves(sums)
-                if VALUES:
-                    left = with_embeddings(left, gates, table, tokens, token, head, M, H, D)
-                out.store([m * BM, n * BN], left.to(tl.bfloat16))
-                if VALUES:
-                    right = with_embeddings(right, gates, table, tokens, token, after, M, H, D)
-                out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
-            tl.assume(number >= 0)  # triton 3.6 fails to fuse the loops where the outer one ends in a branch
 
     @triton.jit
     def relu2_kernel(
@@ -484,17 +422,14 @@ class FusedLoss(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_rows[part])
                 grad_weight += torch.mm(logits.mT, rows[part], out_dtype=torch.float32)
         ctx.save_for_backward(grad_rows, grad_weight)
-        ctx.shape, ctx.spent = h.shape, False
+        ctx.shape = h.shape
         return losses.mean()
 
     @staticmethod
     def backward(ctx, grad):
-        """The gradients were made on the way forward, and are scaled in place: once."""
-        assert not ctx.spent, "a second backward pass through one FusedLoss would scale its gradients twice"
-        ctx.spent = True
+        """The gradients were made on the way forward."""
         grad_rows, grad_weight = ctx.saved_tensors
-        scale_kernel[(triton.cdiv(grad_rows.numel(), 8192),)](grad_rows, grad, grad_rows.numel(), 8192, num_warps=8)
-        return grad_rows.view(ctx.shape), grad_weight * grad, None
+        return (grad_rows * grad.to(grad_rows.dtype)).view(ctx.shape), grad_weight * grad, None
 
 
 class FusedAddNorm(torch.autograd.Function):
@@ -589,98 +524,59 @@ class FusedMLP(torch.autograd.Function):
 
 
 class FusedAttention(torch.autograd.Function):
-    """attention(*split_heads(project(h, weight), …)): the projection's kernel finishes the heads, and cuDNN takes them.
+    """attention(*split_heads(…)) in place: queries, keys and values stay where the projection wrote them.
 
     cuDNN's own graphs, because SDPA's cuDNN backend has no windows: for 256 of 2048 tokens 1.3 ms instead of the 1.8 of
     FlashAttention 2 and the 1.7 of FlexAttention, for 1024 2.1 ms instead of 3.2 and 2.7 (docs/LOG.md).
     """
 
-    BM = 128  # tokens of a tile
-
     @staticmethod
     def forward(
         ctx,
-        h: Tensor,
-        weight: Tensor,
+        qkv: Tensor,
         gates: Tensor | None,
         table: Tensor | None,
         tokens: Tensor,
-        order: Tensor | None,
         cos: Tensor,
         sin: Tensor,
-        angles: Tensor,
         window: int,
     ) -> Tensor:
-        """Takes h (B, T, C) and weight (3C, C) float32, and returns (B, T, C).
+        """Overwrites qkv (B, T, 3C) and returns (B, T, C).
 
-        gates (B, T, H), table (V, C) float32, tokens (B, T), order: by_token of them, for the gradient of the table;
-        cos and sin (T, 1, D/2), angles: packed_angles of them.
+        gates (B, T, H), table (V, C) float32, tokens (B, T), cos and sin (T, 1, D/2).
         """
         B, T = tokens.shape
-        rows, weight16 = h.flatten(0, 1), weight.to(h.dtype)
+        rows = B * T * 2 * HEADS
+        inverse = torch.empty(rows, device=qkv.device)
+        heads_kernel[(triton.cdiv(rows, 32),)](qkv, cos, sin, inverse, rows, T, HEADS, HEAD_DIM // 2, 32)
         if gates is not None and table is not None:
-            gates, table = gates.contiguous(), table.to(h.dtype)
-        qkv, inverse = FusedAttention.launch(rows, weight16, gates, table, tokens, angles)
+            gates = gates.contiguous()
+            values_kernel[(triton.cdiv(rows // 2, 32),)](
+                qkv, gates, table, tokens, gates, table, rows // 2, HEADS, HEAD_DIM, 32, False
+            )
         graphs = CudnnAttention.of(B, T, min(window, T), ctx.needs_input_grad[0])
         y, log_sums = graphs.forward(qkv)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(rows, weight16, qkv, y, log_sums, inverse, gates, table, tokens, order, cos, sin)
+            ctx.save_for_backward(qkv, y, log_sums, inverse, gates, table, tokens, cos, sin)
             ctx.graphs = graphs
         return y.view(B, T, WIDTH)
 
     @staticmethod
-    def launch(
-        rows: Tensor, weight: Tensor, gates: Tensor | None, table: Tensor | None, tokens: Tensor, angles: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """qkv_kernel on as many programs as the card has processors: (M, 3C), and 1 / RMS of queries and keys."""
-        M, BM, BN = len(rows), FusedAttention.BM, 256
-        BK = min(64, max(16, triton.next_power_of_2(WIDTH) // 2))  # two steps at least, which the pipeline needs
-        qkv, inverse = rows.new_empty(M, 3 * WIDTH), torch.empty(M * 2 * HEADS, device=rows.device)
-        programs = torch.cuda.get_device_properties(rows.device).multi_processor_count
-        qkv_kernel[(programs,)](
-            TensorDescriptor.from_tensor(rows, [BM, BK]),
-            TensorDescriptor.from_tensor(weight, [BN, BK]),
-            TensorDescriptor.from_tensor(qkv, [BM, BN // 2]),
-            TensorDescriptor.from_tensor(angles, [BM, HEAD_DIM // 2]),
-            inverse, gates, table, tokens, M, tokens.size(1), HEADS, HEAD_DIM, table is not None, BM, BN, BK, programs,
-            num_stages=3, num_warps=8,
-        )  # fmt: skip
-        return qkv, inverse
-
-    @staticmethod
     def backward(ctx, grad_y):
-        """Through cuDNN, the values' embedding, rotation and norm, and the projection."""
-        rows, weight, qkv, y, log_sums, inverse, gates, table, tokens, order, cos, sin = ctx.saved_tensors
+        """Through cuDNN, the values' embedding, and rotation and norm."""
+        qkv, y, log_sums, inverse, gates, table, tokens, cos, sin = ctx.saved_tensors
         grad = ctx.graphs.backward(qkv, y, log_sums, grad_y.contiguous())
-        heads = len(inverse)
+        rows = len(inverse)
         grad_gates = grad_table = None
         if gates is not None:
-            grad_gates = torch.empty_like(gates)
-            grad_table = torch.zeros(table.shape, device=table.device)
-            values_backward_kernel[(triton.cdiv(len(rows), 64) * HEADS,)](
-                grad, gates, table, tokens, order, grad_gates, grad_table, len(rows), HEADS, HEAD_DIM, 64, num_warps=8
+            grad_gates, grad_table = torch.empty_like(gates), torch.zeros_like(table)
+            values_kernel[(triton.cdiv(rows // 2, 32),)](
+                grad, gates, table, tokens, grad_gates, grad_table, rows // 2, HEADS, HEAD_DIM, 32, True
             )
-        heads_backward_kernel[(triton.cdiv(heads, 32),)](
-            grad, qkv, cos, sin, inverse, heads, tokens.size(1), HEADS, HEAD_DIM // 2, 32
+        heads_backward_kernel[(triton.cdiv(rows, 32),)](
+            grad, qkv, cos, sin, inverse, rows, tokens.size(1), HEADS, HEAD_DIM // 2, 32
         )
-        grad_weight = torch.mm(grad.mT, rows, out_dtype=torch.float32)
-        grad_h = (grad @ weight).view(grad_y.shape)
-        return grad_h, grad_weight, grad_gates, grad_table, None, None, None, None, None, None
-
-
-def by_token(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The places of tokens (B, T), one row behind the other, sorted by token: (B · T)."""
-    small = torch.int16 if vocab_size < 2**15 else torch.int32  # fewer bits are sorted in fewer passes
-    return tokens.flatten().to(small).argsort()
-
-
-def packed_angles(cos: Tensor, sin: Tensor) -> Tensor:
-    """bfloat16 cosines and sines (T, 1, D/2), side by side in one int32, (T + BM, D/2): one copy brings both.
-
-    After the last position it begins again, for tiles of tokens that go on in the next row.
-    """
-    T, places = len(cos), torch.arange(len(cos) + FusedAttention.BM, device=cos.device)
-    return torch.stack((cos, sin), dim=-1).view(torch.int32).view(T, -1)[places % T]
+        return grad, grad_gates, grad_table, None, None, None, None
 
 
 class CudnnAttention:
@@ -793,18 +689,17 @@ def add_norm(
 
 
 def attend(
-    h: Tensor,
-    weight: Tensor,
+    qkv: Tensor,
     gates: Tensor | None,
-    values: tuple[Tensor | None, Tensor, Tensor | None],
-    rotary: tuple[Tensor, Tensor, Tensor | None],
+    table: Tensor | None,
+    tokens: Tensor,
+    rotary: tuple[Tensor, Tensor],
     window: int,
 ) -> Tensor:
-    """The attention of a layer, (B, T, C) to (B, T, C), with the projection (3C, C) to queries, keys and values."""
-    if h.is_cuda and has_hopper_kernels():
-        return FusedAttention.apply(h, weight, gates, *values, *rotary, window)
-    (table, tokens, _), (cos, sin, _) = values, rotary
-    return attention(*split_heads(project(h, weight), gates, table, tokens, cos, sin), window).flatten(2)
+    """The attention of a layer from its projections (B, T, 3C), which it may overwrite, to (B, T, C)."""
+    if qkv.is_cuda and has_hopper_kernels():
+        return FusedAttention.apply(qkv, gates, table, tokens, *rotary, window)
+    return attention(*split_heads(qkv, gates, table, tokens, *rotary), window).flatten(2)
 
 
 def mlp(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -856,13 +751,14 @@ class Block(nn.Module):
             mlp_out: What the last layer's MLP adds to it.
             x0: The token embedding.
             scales: How much of x is kept, and how much of x0 is added; 0-d.
-            values: The layer's value embedding (V, C) or None, the tokens (B, T), and by_token for the kernel or None.
-            rotary: Cosines and sines, and both packed for the kernel.
+            values: The layer's value embedding (V, C) or None, and the tokens (B, T).
+            rotary: Cosines and sines.
             window: How far the layer looks back.
         """
+        table, tokens = values
         x, h, some, passed = add_norm(x, mlp_out, x0, *scales, head=0 if self.gate is None else self.GATE_WIDTH)
         gates = None if self.gate is None else 2 * torch.sigmoid(project(some, self.gate.weight))
-        y = attend(h, self.qkv.weight, gates, values, rotary, window)
+        y = attend(project(h, self.qkv.weight), gates, table, tokens, rotary, window)
         x, h, _, _ = add_norm(x, project(y, self.out.weight))
         return x, mlp(h, self.up.weight, self.down.weight), passed
 
@@ -896,25 +792,22 @@ class GPT(nn.Module):
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         self.flops_per_token = 6 * weights + 12 * WIDTH * sum(min(window, SEQ_LEN) for window in self.windows)
 
-    def rotary(self, T: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Cosines and sines of the positions, (T, 1, HEAD_DIM / 2), and both packed where Hopper's kernels run."""
+    def rotary(self, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions, (T, 1, HEAD_DIM / 2)."""
         frequency = ROPE_BASE ** -(torch.arange(0, HEAD_DIM, 2, device=device) / HEAD_DIM)
         angle = torch.outer(torch.arange(T, device=device).float(), frequency).unsqueeze(1)
-        cos, sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)
-        return cos, sin, packed_angles(cos, sin) if device.type == "cuda" and has_hopper_kernels() else None
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Maps tokens (B, T) to float32 logits (B, T, V), or to a loss."""
         T, tokens = tokens.size(1), tokens.contiguous()  # the kernels read them one after the other
         if T not in self.rotaries:
             self.rotaries[T] = self.rotary(T, tokens.device)
-        sorts = self.value_embeds and torch.is_grad_enabled() and tokens.is_cuda and has_hopper_kernels()
-        order = by_token(tokens, self.embed.num_embeddings) if sorts else None
         x = x0 = embed(tokens, self.embed.weight, self.ngrams, self.dtype)
         mlp_out = None
         scales = zip(self.residual_scale.unbind(), self.x0_scale.unbind(), strict=True)
         for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
-            values = self.value_embeds.get(str(i)), tokens, order
+            values = self.value_embeds.get(str(i)), tokens
             x, mlp_out, x0 = block(x, mlp_out, x0, scale, values, self.rotaries[T], self.windows[i])
         _, h, _, _ = add_norm(x, mlp_out)  # normalised for the output matrix
         if targets is None:
