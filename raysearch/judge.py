@@ -78,6 +78,7 @@ class Judgement:
 
 
 DISCOUNT = 0.5  # of what a program says of the noise, for each step of the lineage between it and the one in question
+INHERITED_DOF = 2.0  # degrees of freedom that the programs at all other steps count for together, at most
 NEAR_STEPS = 6  # steps of the lineage that are looked at, the nearest ones that have replicates
 NEAR_PROGRAMS, NEAR_VALUES = 16, 24  # at each step the latest programs; of each its latest values
 FAR = 2.5  # robust standard deviations from its program's median beyond which a run counts as if it were there
@@ -131,11 +132,14 @@ class Replicates:
         """σ of the programs at a step of the lineage, see `local_noise`; None without replicates of any program."""
         if step not in self._known:
             near = heapq.nsmallest(NEAR_STEPS, self._steps, key=lambda other: (abs(other - step), -other))
-            self._known[step] = local_noise(
-                (DISCOUNT ** abs(other - step), self._values[name][-NEAR_VALUES:])
+            groups = [
+                (0.0 if other == step else DISCOUNT ** abs(other - step), self._values[name][-NEAR_VALUES:])
                 for other in near
                 for name in list(self._steps[other])[-NEAR_PROGRAMS:]
-            )
+            ]
+            inherited = sum(weight * (len(values) - 1) for weight, values in groups)
+            share = min(1.0, INHERITED_DOF / inherited) if inherited else 1.0
+            self._known[step] = local_noise((weight * share or 1.0, values) for weight, values in groups)
         return self._known[step]
 
 
@@ -230,7 +234,7 @@ def backed(values: Sequence[float], sigma: float) -> Sequence[bool]:
 
 
 SURE = 1.0  # standard errors from nothing at which a race is judged again: the screening run counts as well
-PAIRING_DOF = 10  # the weight of "seeds do not matter" against what the pairs of races show
+PAIRING_DOF = 3  # the weight of "seeds do not matter" against what the pairs of races show
 
 
 def pair_noise(noise: Noise, pairs: Noise | None) -> Noise:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raysearch import judge
 from raysearch.judge import (
     EFFECTS,
     MAGNITUDES,
@@ -76,6 +77,19 @@ def test_noise_follows_the_lineage_from_the_first_program_to_later_ones():
     assert 0.03 < first.sigma < 0.07
     assert 0.007 < last.sigma < 0.017
     assert last.dof < 4 * 4  # what is far away says less
+
+
+def test_many_noisy_programs_long_ago_do_not_outvote_a_few_quiet_ones_at_hand():
+    draw, replicates = random.Random(3), Replicates()
+    for number in range(10):
+        for _ in range(6):
+            replicates.add(f"first {number}", draw.gauss(0.0, 1.0), step=0)
+    for _ in range(9):
+        replicates.add("now", draw.gauss(0.0, 0.05), step=2)
+    noise = replicates.noise(2)
+    assert noise is not None
+    assert noise.sigma < 0.55  # without a bound 0.77
+    assert noise.dof == pytest.approx(8 + judge.INHERITED_DOF)
 
 
 @pytest.mark.parametrize(("others", "most"), [(4, 3.0), (7, 2.3), (19, 1.5)])
