@@ -122,13 +122,16 @@ class Classic:
     seed: int
     searcher: str
     arm: str
-    card: Surrogate = field(init=False)
     truth: float = field(init=False)
     told: Callable[[Values, float | None], None] = field(init=False)
 
+    @property
+    def card(self) -> Surrogate:
+        """What the programs run on."""
+        return self.world.card
+
     def run(self) -> Found:
         """Searches until the time is over; no slot is ever idle."""
-        self.card = self.world.card
         self.noise = random.Random(f"{self.arm} {self.seed}")
         self.runs_each = 3 if self.arm == "always 3 seeds" else 1
         self.best, self.best_value = self.start, self._measured(self.start)

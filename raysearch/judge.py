@@ -133,13 +133,15 @@ class Replicates:
         if step not in self._known:
             near = heapq.nsmallest(NEAR_STEPS, self._steps, key=lambda other: (abs(other - step), -other))
             groups = [
-                (0.0 if other == step else DISCOUNT ** abs(other - step), self._values[name][-NEAR_VALUES:])
+                (DISCOUNT ** abs(other - step), self._values[name][-NEAR_VALUES:])
                 for other in near
                 for name in list(self._steps[other])[-NEAR_PROGRAMS:]
             ]
-            inherited = sum(weight * (len(values) - 1) for weight, values in groups)
+            inherited = sum(weight * (len(values) - 1) for weight, values in groups if weight < 1.0)
             share = min(1.0, INHERITED_DOF / inherited) if inherited else 1.0
-            self._known[step] = local_noise((weight * share or 1.0, values) for weight, values in groups)
+            self._known[step] = local_noise(
+                (weight * share if weight < 1.0 else 1.0, values) for weight, values in groups
+            )
         return self._known[step]
 
 

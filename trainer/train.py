@@ -900,7 +900,7 @@ def muon_update(
 def adam_update(
     W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, beta1: Tensor, unbias: Tensor, decay: Tensor
 ) -> None:
-    """One step of AdamW on flat tensors, in place; lr and unbias (0-d) carry the corrections of both means."""
+    """One step of AdamW in place; lr and unbias (0-d) carry the corrections of the two means for their start at 0."""
     mean.lerp_(G, 1 - beta1)
     square.lerp_(G.square(), 1 - ADAM_BETA2)
     W.sub_(lr * (mean / ((square * unbias).sqrt() + 1e-10) + decay * W))
@@ -914,7 +914,7 @@ class Optimizer:
         self.adam = [  # learning rate, decay, beta1, parameters
             (EMBEDDING_LR * width, EMBEDDING_DECAY, ADAM_BETA1, [model.embed.weight]),
             (EMBEDDING_LR * width, VALUE_EMBED_DECAY, ADAM_BETA1, list(model.value_embeds.parameters())),
-            (NGRAM_LR * width, EMBEDDING_DECAY, ADAM_BETA1, [p for p in (model.ngrams,) if p is not None]),
+            (NGRAM_LR * width, EMBEDDING_DECAY, ADAM_BETA1, [] if model.ngrams is None else [model.ngrams]),
             (UNEMBEDDING_LR * width, UNEMBEDDING_DECAY, ADAM_BETA1, [model.unembed.weight]),
             (SCALAR_LR * 0.01, 0.0, ADAM_BETA1, [model.residual_scale]),  # it multiplies through all layers
             (SCALAR_LR, 0.0, X0_BETA1, [model.x0_scale]),
@@ -937,7 +937,7 @@ class Optimizer:
             rates = {"lr": self.lr, "beta1": self.beta1, "unbias": self.unbias, "decay": self.decay}
             for p in parameters:
                 if p.grad is not None:  # an edit may leave a parameter without use
-                    adam_update(*(t.view(-1) for t in (p, p.grad, *self.moments[p])), **rates)
+                    adam_update(p, p.grad, *self.moments[p], **rates)
                 p.grad = None
         self.momentum.fill_(momentum(progress))
         self.decay.fill_(WEIGHT_DECAY * (1 - progress))
