@@ -5,12 +5,12 @@ It keeps no ideas and judges none; what was asked for and has not come is known 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from raysearch.proposers import Idea, Proposer, Request, Told
+from raysearch.proposers import Idea, NoIdea, Proposer, Request, Told
 
 PAUSE_S = (1.0, 60.0)  # after an ask that gave nothing: the first pause and the longest
 
@@ -19,7 +19,7 @@ PAUSE_S = (1.0, 60.0)  # after an ask that gave nothing: the first pause and the
 class _Ask:
     """An ask in flight, or the pause after one that gave nothing."""
 
-    future: Future[list[Idea]] | None
+    future: Future[Sequence[Idea | NoIdea]] | None
     request: Request
     asked_at: float
     fruitless: int = 0
@@ -31,7 +31,7 @@ class Answer:
     """What came of an ask; `failure` is a line when the proposer raised."""
 
     request: Request
-    ideas: list[Idea]
+    ideas: Sequence[Idea | NoIdea]
     seconds: float
     failure: str = ""
 
@@ -122,7 +122,7 @@ class Asker:
             if ask.future is None or not ask.future.done():
                 continue
             error = ask.future.exception()
-            ideas = [] if error else ask.future.result()
+            ideas: Sequence[Idea | NoIdea] = [] if error else ask.future.result()
             failure = f"{type(error).__name__}: {error}".splitlines()[0] if error else ""
             answers.append(Answer(ask.request, ideas, now - ask.asked_at, failure))
             ask.future = None

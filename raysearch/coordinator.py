@@ -25,6 +25,7 @@ from raysearch.folder import Folder
 from raysearch.journal import Journal
 from raysearch.knobs import fingerprint, size
 from raysearch.model import (
+    Dropped,
     Event,
     Judged,
     Materialised,
@@ -49,7 +50,7 @@ from raysearch.objective import Budget
 from raysearch.patches import Conflict, Empty, PatchError
 from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.profile import base_slug, same_profile, with_slug
-from raysearch.proposers import Idea, Request, Step, Told, inbox
+from raysearch.proposers import Idea, NoIdea, Request, Step, Told, inbox
 from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
@@ -214,7 +215,11 @@ class Coordinator:
             if answer.failure:
                 self._console.note(f"proposer {name} failed and is asked again later: {answer.failure}")
             for idea in answer.ideas:
-                self._propose(idea, answer.request.profile, answer.request.base, answer.seconds / len(answer.ideas))
+                seconds = answer.seconds / len(answer.ideas)
+                if isinstance(idea, NoIdea):
+                    self._drop_answer(idea, answer.request.profile, seconds)
+                else:
+                    self._propose(idea, answer.request.profile, answer.request.base, seconds)
         for failure in asker.broken_tells():
             self._console.note(f"proposer {name} could not be told of a run: {failure}")
 
@@ -488,7 +493,24 @@ class Coordinator:
                     cost_usd=idea.cost_usd,
                     proposal_s=round(seconds, 3),
                     source=idea.source,
+                    model=idea.model,
+                    tokens_in=idea.tokens_in,
+                    tokens_out=idea.tokens_out,
                 )
+            )
+        )
+
+    def _drop_answer(self, answer: NoIdea, profile: str, seconds: float) -> None:
+        self._record(
+            Dropped(
+                profile=profile,
+                proposer=answer.proposer,
+                reason=answer.reason,
+                model=answer.model,
+                cost_usd=answer.cost_usd,
+                tokens_in=answer.tokens_in,
+                tokens_out=answer.tokens_out,
+                proposal_s=round(seconds, 3),
             )
         )
 

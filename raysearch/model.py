@@ -107,6 +107,8 @@ class Proposal:
         predicted_delta: Expected change of the metric, if the proposer said one.
         carries: Candidates whose changes this one carries onto a newer champion; several are a union of wins.
         proposal_s: Seconds that the proposer took.
+        model: Language model or coding agent that had the idea; empty for proposers that compute theirs.
+        tokens_in, tokens_out: Of that model, what it read and wrote for this idea.
         source: What the proposer made it from (a step of another ratchet, a hunk), so that it is not made twice.
     """
 
@@ -122,6 +124,9 @@ class Proposal:
     cost_usd: float = 0.0
     proposal_s: float = 0.0
     source: str = ""
+    model: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +242,39 @@ class Proposed:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """An answer of a proposer that is no proposal: it does not parse or apply, or never came. It cost all the same.
+
+    Attributes:
+        profile: Slug of the profile that it was asked for.
+        model, cost_usd, tokens_in, tokens_out, proposal_s: See `Proposal`.
+    """
+
+    profile: str
+    proposer: str
+    reason: str
+    model: str = ""
+    cost_usd: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    proposal_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Directed:
+    """The human's directions, as they are from now on.
+
+    Attributes:
+        file: Name of the file in the study's folder: `program.md` is for all profiles, `program-h100.md` for those
+            whose preset is h100.
+        text: All of it.
+    """
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A proposal that never became a candidate: it does not apply, is a duplicate, touches what it may not."""
 
@@ -343,6 +381,8 @@ Event = (
     | SessionEnded
     | ProfileAdded
     | Proposed
+    | Dropped
+    | Directed
     | Refused
     | Materialised
     | TrialStarted

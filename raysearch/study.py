@@ -15,7 +15,9 @@ from raysearch.futility import Futility
 from raysearch.health import Health, Heat
 from raysearch.model import (
     Candidate,
+    Directed,
     Direction,
+    Dropped,
     Judged,
     Materialised,
     Measurement,
@@ -246,6 +248,9 @@ class Study:
         self.refused: list[tuple[Proposal, str]] = []
         self.aside: dict[str, SlotSetAside] = {}  # slots that get no trials
         self.aside_at: dict[str, float] = {}
+        self.dropped: list[Dropped] = []  # answers that were no proposals
+        self.spent_usd = 0.0  # on proposals, and on answers that were none
+        self.directed: dict[str, str] = {}  # the human's directions: text by the file's name
         self.proposals = 0
         self.proposed_at: dict[str, float] = {}
         self.finished = 0
@@ -268,6 +273,11 @@ class Study:
                 self._finish(event, record.at)
             case Proposed() as event:
                 self._propose(event.proposal, record.at)
+            case Dropped() as event:
+                self.dropped.append(event)
+                self.spent_usd += event.cost_usd
+            case Directed() as event:
+                self.directed[event.file] = event.text
             case Materialised() as event:
                 self._materialise(event, record.at)
             case Judged() as event:
@@ -340,6 +350,7 @@ class Study:
         if proposal.source:
             lane.sources.add(proposal.source)
         self.proposals += 1
+        self.spent_usd += proposal.cost_usd
         self.waiting[proposal.id] = proposal
         self.proposed_at[proposal.id] = at
 

@@ -12,7 +12,7 @@ from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
 from raysearch.model import Event, Measurement, Operator, Outcome, Record, Verdict
 from raysearch.patches import unified_diff
-from raysearch.proposers import Idea, Request, Told, inbox
+from raysearch.proposers import Idea, Proposer, Request, Told, inbox
 from raysearch.runner import RunResult, RunSpec
 from raysearch.study import Study
 
@@ -232,7 +232,7 @@ def test_a_patch_that_cannot_be_a_candidate_is_refused_with_its_reason(tmp_path:
     audit(toy)
 
 
-class Silent:
+class Silent(Proposer):
     """A proposer without ideas."""
 
     name = "silent"

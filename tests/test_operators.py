@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy import ideas_of
 
 from raysearch.knobs import Value, broken_rule, fingerprint, read_knobs, read_rules, rewrite, same_value, size
 from raysearch.model import Direction, Operator
@@ -72,7 +73,7 @@ def applied(files: str, patch: str, folder: Path) -> str:
 def programs(proposer: Proposer, asked: Request, folder: Path) -> dict[str, str]:
     """The programs of an ask by their source."""
     source = asked.files["train.py"]
-    ideas = proposer.ask(asked)
+    ideas = ideas_of(proposer, asked)
     return {idea.source: applied(source, idea.patch, folder / str(n)) for n, idea in enumerate(ideas)}
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.tune import search
 from ray.tune.search import Searcher
-from toy import Clock
+from toy import Clock, ideas_of
 
 from raysearch.asker import PAUSE_S, Asker
 from raysearch.errors import UserError
@@ -124,7 +124,8 @@ class Bench:
     def ask(self, count: int = 1) -> list[Idea]:
         files = {"train.py": self.champion}
         base = fingerprint(files)
-        return self.proposer.ask(Request(self.profile, base, files, count, frozenset(self.known), self.direction))
+        asked = Request(self.profile, base, files, count, frozenset(self.known), self.direction)
+        return ideas_of(self.proposer, asked)
 
     def programs(self, count: int = 1) -> list[str]:
         """The programs of an ask, seen to be valid, new and near; they are known from now on."""
@@ -257,7 +258,7 @@ def test_git_applies_what_any_proposer_says_and_gets_a_valid_new_program(make: M
     proposer = make(1)
     repo = Ratchet.create(tmp_path / "repo", {"train.py": GROWN}, message="base", at=0.0)
     base = repo.resolve("main")
-    ideas = proposer.ask(full_request())
+    ideas = ideas_of(proposer, full_request())
     assert ideas
     for idea in ideas:
         commit = repo.commit_patch(base, idea.patch, editable=("train.py",), message="an idea", at=0.0)
@@ -276,7 +277,7 @@ def test_nothing_known_is_proposed_and_nothing_twice(make: Make):
     assert proposer.ask(full_request(0)) == []
     first = full_request(2)
     known, sources = set(first.known), set[str]()
-    while ideas := proposer.ask(full_request(2, known=frozenset(known), sources=frozenset(sources))):
+    while ideas := ideas_of(proposer, full_request(2, known=frozenset(known), sources=frozenset(sources))):
         assert len(ideas) <= 2
         for idea in ideas:
             print_ = fingerprint({"train.py": patched(GROWN, idea.patch)})
@@ -286,7 +287,7 @@ def test_nothing_known_is_proposed_and_nothing_twice(make: Make):
             sources.add(idea.source)
         if len(known) > 40:  # a searcher goes on for long
             break
-    late = make(2).ask(full_request(50, known=frozenset(known)))
+    late = ideas_of(make(2), full_request(50, known=frozenset(known)))
     assert known.isdisjoint(fingerprint({"train.py": patched(GROWN, idea.patch)}) for idea in late)
     if proposer.name != "tune":
         assert late == []
@@ -881,7 +882,7 @@ def test_a_file_that_is_no_item_is_told_from_the_others(tmp_path: Path, content:
 # ---- the thread that asks ----
 
 
-class Scripted:
+class Scripted(Proposer):
     """A proposer that answers as it is told to."""
 
     name = "scripted"

@@ -43,7 +43,7 @@ from raysearch.executors.surrogate import (
 )
 from raysearch.model import Direction, Operator, Outcome, Purpose
 from raysearch.patches import Conflict, Empty, PatchError, unified_diff
-from raysearch.proposers import Idea, Request, Told
+from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.ratchet import Moved, Ratchet
 from raysearch.runner import RunResult, RunSpec
 from raysearch.simulate import Simulated, fleet, simulate
@@ -51,7 +51,7 @@ from raysearch.simulate import Simulated, fleet, simulate
 CARDS = {"h100": h100, "rtx3060": rtx3060}
 
 
-class Nudge:
+class Nudge(Proposer):
     """Moves one or two knobs by chance: cheap, and good enough to gain."""
 
     name = "nudge"

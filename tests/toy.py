@@ -26,7 +26,7 @@ from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
 from raysearch.model import Measurement, Outcome
 from raysearch.profile import Hardware
-from raysearch.proposers import Proposer
+from raysearch.proposers import Idea, Proposer, Request
 from raysearch.proposers.tune import TuneProposer
 from raysearch.ratchet import Ratchet
 from raysearch.runner import RunResult, RunSpec
@@ -251,3 +251,11 @@ def audit(toy: Toy) -> None:
             assert study.trials[f"{win.candidate}-pair1"].measurement is not None
             # judged against exactly what it stands on
             assert repo.changed(repo.parents(win.commit)[0], candidate.proposal.base) == []
+
+
+def ideas_of(proposer: Proposer, request: Request) -> list[Idea]:
+    """The ideas of a proposer whose every answer is one."""
+    answers = proposer.ask(request)
+    ideas = [answer for answer in answers if isinstance(answer, Idea)]
+    assert len(ideas) == len(answers)
+    return ideas

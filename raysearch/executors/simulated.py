@@ -22,7 +22,7 @@ from raysearch.executors.surrogate import PATH, Surrogate, point_of, values_of
 from raysearch.knobs import Values
 from raysearch.model import Measurement, Outcome
 from raysearch.patches import Empty, PatchError, is_converted, unified_diff, with_line_ends
-from raysearch.proposers import Idea, Proposer, Request, Told
+from raysearch.proposers import Idea, NoIdea, Proposer, Request, Told
 from raysearch.ratchet import GitError, Moved, Ratchet
 from raysearch.runner import RunResult, RunSpec
 
@@ -331,7 +331,8 @@ class VirtualAsker:
 
     def ask(self, request: Request) -> None:
         """Asks; the answer comes by `answers`."""
-        ideas, failure = list[Idea](), ""
+        ideas: Sequence[Idea | NoIdea] = []
+        failure = ""
         try:
             ideas = self._proposer.ask(request)
         except Exception as error:  # noqa: BLE001 - a proposer's own code may fail in any way

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from raysearch.brief import Brief
+from raysearch.directions import Directions
 from raysearch.model import Direction, Operator, Outcome
 
 
@@ -45,6 +47,8 @@ class Request:
         elsewhere: Steps of the other profiles' ratchets, oldest first.
         unmerged: Wins of this profile, before and after, that could not be merged onto the champion.
         sources: `Idea.source` of all that was proposed on this profile, so that nothing is made twice.
+        directions: What the human wants of every proposer; what breaks them is refused.
+        brief: What is known of the study, for proposers that set `wants_brief`; else None.
     """
 
     profile: str
@@ -57,6 +61,8 @@ class Request:
     elsewhere: Sequence[Step] = ()
     unmerged: Sequence[Step] = ()
     sources: Set[str] = frozenset()
+    directions: Directions = field(default_factory=Directions)
+    brief: Brief | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,21 @@ class Idea:
     predicted_delta: float | None = None
     cost_usd: float = 0.0
     source: str = ""
+    model: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+@dataclass(frozen=True)
+class NoIdea:
+    """An answer that came to nothing; the attributes are those of `model.Dropped`."""
+
+    reason: str
+    proposer: str
+    model: str = ""
+    cost_usd: float = 0.0
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,15 +110,38 @@ class Told:
     value: float | None
 
 
+class SpentUp(Exception):
+    """A proposer may spend no more; the message is one line that says the sum and the remedy."""
+
+
 class Proposer(Protocol):
-    """Has ideas. `ask` and `tell` are called from one thread of the proposer's own, and may take their time."""
+    """Has ideas. What it is called with may take its time: none of it is called in the coordinator's loop.
+
+    Attributes:
+        name: As in `--proposers`, and in every proposal.
+        parallel: Asks that it works on at once; several only where one answer takes long. `ask` and `tell` of a
+            proposer with 1 are called from one thread; of any other from several, at the same time.
+        limit_s: Seconds after which an ask is given up.
+        wants_brief: Whether requests carry a brief.
+    """
 
     name: str
+    parallel: int = 1
+    limit_s: float = 600.0
+    wants_brief: bool = False
 
-    def ask(self, request: Request) -> list[Idea]:
-        """Up to `request.count` ideas."""
+    def ask(self, request: Request) -> Sequence[Idea | NoIdea]:
+        """Up to `request.count` ideas, and what came to none.
+
+        Raises:
+            SpentUp: It costs money, and there is none left.
+            Exception: It failed; it is asked again after a pause.
+        """
         ...
 
     def tell(self, told: Told) -> None:
         """Learns from a finished run; called again for the whole study after a restart."""
         ...
+
+    def close(self) -> None:
+        """Ends what is in flight, soon: whatever still asks raises or returns nothing. Called once, at the end."""

@@ -9,11 +9,11 @@ import random
 from collections.abc import Iterator
 
 from raysearch.model import Operator
-from raysearch.proposers import Idea, Request, Told
+from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.moves import Attempt, Change, Part, Sieve, parts
 
 
-class AblateProposer:
+class AblateProposer(Proposer):
     """Proposes the program without one of the changes that made it.
 
     Args:

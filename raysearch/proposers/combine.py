@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, read_knobs, same_value
 from raysearch.model import Operator
-from raysearch.proposers import Idea, Request, Step, Told
+from raysearch.proposers import Idea, Proposer, Request, Step, Told
 from raysearch.proposers.moves import Attempt, Change, Sieve, Travel, carry, described, middle, travelled
 
 
-class CombineProposer:
+class CombineProposer(Proposer):
     """Proposes, for a win that conflicts with the champion in knobs, its ratio on top of it and the middle of both."""
 
     name = "combine"

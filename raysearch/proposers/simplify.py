@@ -28,7 +28,7 @@ from raysearch.knobs import (
     syntax_tree,
 )
 from raysearch.model import Operator
-from raysearch.proposers import Idea, Request, Told
+from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.moves import Attempt, Change, Sieve, bindings
 
 NEAR = 0.03  # of a knob's range: a move that a run could hardly show
@@ -43,7 +43,7 @@ _PURE = (
 )
 
 
-class SimplifyProposer:
+class SimplifyProposer(Proposer):
     """Proposes the program with fewer digits, without what it does not use, or with a knob as it was at first.
 
     Args:

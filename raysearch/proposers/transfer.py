@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from raysearch.model import Direction, Operator
-from raysearch.proposers import Idea, Request, Step, Told
+from raysearch.proposers import Idea, Proposer, Request, Step, Told
 from raysearch.proposers.moves import Attempt, Change, Part, Sieve, carry, described, parts, travelled
 
 
-class TransferProposer:
+class TransferProposer(Proposer):
     """Proposes steps of other ratchets, new ones and large gains first; their parts once the whole was tried."""
 
     name = "transfer"

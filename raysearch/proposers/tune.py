@@ -36,7 +36,7 @@ from raysearch.knobs import (
 )
 from raysearch.model import Direction, Operator
 from raysearch.patches import unified_diff
-from raysearch.proposers import Idea, Request, Told
+from raysearch.proposers import Idea, Proposer, Request, Told
 
 METRIC = "score"
 REACH = 0.35  # of a knob's range (log range where it is one): the longest move in one proposal
@@ -103,7 +103,7 @@ class _Space:
     asked: int = 0
 
 
-class TuneProposer:
+class TuneProposer(Proposer):
     """Proposes knob values for one file of the program.
 
     Args:
