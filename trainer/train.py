@@ -249,52 +249,46 @@ if HAS_TRITON:
         slope = (powers / total - tl.where(hit, 1.0, 0.0)) * (1 - t * t)
         tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    # One kernel for all layers, what a layer lacks is masked: each variant would take most of a second to compile.
+    @triton.jit(do_not_specialize=["keep", "add", "adds", "mixes", "heads"])
     def add_norm_kernel(
-        x, other, x0, keep, add, out, h, head, rows, C: tl.constexpr, HEAD: tl.constexpr, ADDS: tl.constexpr,
-        MIXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        x, other, x0, keep, add, out, h, head, rows, adds, mixes, heads, C: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """plain_add_norm; also copies the first HEAD channels of the norm."""
+        """plain_add_norm; also copies the first channels of the norm. What there is not has 0 as its last numbers."""
         row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
         place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
+        mixed = inside & (mixes != 0)
         y = tl.load(x + place, inside, 0.0).to(tl.float32)
-        if ADDS:
-            y += tl.load(other + place, inside, 0.0).to(tl.float32)
-        if MIXES:
-            y = tl.load(keep) * y + tl.load(add) * tl.load(x0 + place, inside, 0.0).to(tl.float32)
-        if ADDS or MIXES:
-            tl.store(out + place, y.to(out.dtype.element_ty), inside)
+        y += tl.load(other + place, inside & (adds != 0), 0.0).to(tl.float32)
+        y = tl.load(keep, mixes != 0, 1.0) * y
+        y += tl.load(add, mixes != 0, 0.0) * tl.load(x0 + place, mixed, 0.0).to(tl.float32)
+        tl.store(out + place, y.to(out.dtype.element_ty), inside & (adds + mixes != 0))
         y = (y * tl.rsqrt(tl.sum(y * y, 1) / C + 1e-6)[:, None]).to(h.dtype.element_ty)
         tl.store(h + place, y, inside)
-        if HEAD:
-            tl.store(head + row.to(tl.int64) * HEAD + column, y, inside & (column < HEAD))
+        tl.store(head + row.to(tl.int64) * heads + column, y, inside & (column < heads))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["keep", "add", "heads", "has_out", "mixes", "has_x0"])
     def add_norm_backward_kernel(
-        grad_out, grad_h, grad_head, grad_x0, out, x0, keep, add, grad_x, new_grad_x0, sums, rows, C: tl.constexpr,
-        HEAD: tl.constexpr, HAS_OUT: tl.constexpr, MIXES: tl.constexpr, HAS_X0: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
+        grad_out, grad_h, grad_head, grad_x0, out, x0, keep, add, grad_x, new_grad_x0, sums, rows, heads, has_out,
+        mixes, has_x0, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Gradients of x (and other), of x0 on top of what later layers say, and two sums for keep and add."""
         row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
         place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
+        mixed = inside & (mixes != 0)
         y, g = tl.load(out + place, inside, 0.0).to(tl.float32), tl.load(grad_h + place, inside, 0.0).to(tl.float32)
-        if HEAD:
-            heads = inside & (column < HEAD)
-            g += tl.load(grad_head + row.to(tl.int64) * HEAD + column, heads, 0.0).to(tl.float32)
+        g += tl.load(grad_head + row.to(tl.int64) * heads + column, inside & (column < heads), 0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(y * y, 1) / C + 1e-6)[:, None]
         g = scale * (g - y * (scale * scale * (tl.sum(g * y, 1) / C)[:, None]))
-        if HAS_OUT:
-            g += tl.load(grad_out + place, inside, 0.0).to(tl.float32)
-        if MIXES:
-            start = tl.load(x0 + place, inside, 0.0).to(tl.float32)
-            tl.store(sums + 2 * tl.program_id(0), tl.sum(g * y))
-            tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(g * start))
-            into = tl.load(add) * g
-            if HAS_X0:
-                into += tl.load(grad_x0 + place, inside, 0.0).to(tl.float32)
-            tl.store(new_grad_x0 + place, into.to(new_grad_x0.dtype.element_ty), inside)
-            g *= tl.load(keep)
+        g += tl.load(grad_out + place, inside & (has_out != 0), 0.0).to(tl.float32)
+        start = tl.load(x0 + place, mixed, 0.0).to(tl.float32)
+        tl.store(sums + 2 * tl.program_id(0), tl.sum(g * y), mixes != 0)
+        tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(g * start), mixes != 0)
+        into = tl.load(add, mixes != 0, 0.0) * g
+        into += tl.load(grad_x0 + place, mixed & (has_x0 != 0), 0.0).to(tl.float32)
+        tl.store(new_grad_x0 + place, into.to(new_grad_x0.dtype.element_ty), mixed)
+        g *= tl.load(keep, mixes != 0, 1.0)
         tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), inside)
 
     @triton.jit
@@ -432,6 +426,11 @@ class FusedLoss(torch.autograd.Function):
         return (grad_rows * grad.to(grad_rows.dtype)).view(ctx.shape), grad_weight * grad, None
 
 
+def given(tensor: Tensor | None, instead: Tensor | None) -> Tensor | None:
+    """The tensor, or another of its kind where there is none: a kernel has to be given one that it does not look at."""
+    return instead if tensor is None else tensor
+
+
 class FusedAddNorm(torch.autograd.Function):
     """plain_add_norm in one pass over its tensors, forward and backward.
 
@@ -451,13 +450,18 @@ class FusedAddNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Takes x, other and x0 (B, T, C), keep and add 0-d float32; returns x, its norm, (B, T, head) of it, x0."""
         C, rows = x.size(-1), x.numel() // x.size(-1)
-        out = x if other is None and x0 is None else torch.empty_like(x)
+        ctx.adds, ctx.mixes, ctx.head = other is not None, x0 is not None, head
+        out = torch.empty_like(x) if ctx.adds or ctx.mixes else x
         h, some = torch.empty_like(x), x.new_empty(*x.shape[:-1], head) if head else None
-        ctx.sizes = {"C": C, "HEAD": head, "MIXES": x0 is not None, "BLOCK": triton.next_power_of_2(C)}
+        ctx.sizes = {"C": C, "BLOCK": triton.next_power_of_2(C)}
         ctx.sizes["ROWS"] = max(1, 2048 // ctx.sizes["BLOCK"])
-        ctx.grid, ctx.adds = (triton.cdiv(rows, ctx.sizes["ROWS"]),), other is not None
-        add_norm_kernel[ctx.grid](x, other, x0, keep, add, out, h, some, rows, ADDS=ctx.adds, **ctx.sizes)
-        ctx.save_for_backward(out, x0, keep, add)
+        ctx.grid = (triton.cdiv(rows, ctx.sizes["ROWS"]),)
+        one = x.new_ones((), dtype=torch.float32) if keep is None or add is None else None
+        add_norm_kernel[ctx.grid](
+            x, given(other, x), given(x0, x), given(keep, one), given(add, one), out, h, given(some, x), rows,
+            int(ctx.adds), int(ctx.mixes), head, **ctx.sizes,
+        )  # fmt: skip
+        ctx.save_for_backward(out, x0, given(keep, one), given(add, one))
         ctx.set_materialize_grads(False)
         return out, h, some, x0
 
@@ -467,17 +471,17 @@ class FusedAddNorm(torch.autograd.Function):
         out, x0, keep, add = ctx.saved_tensors
         grad_out, grad_h, grad_some = (g if g is None else g.contiguous() for g in (grad_out, grad_h, grad_some))
         grad_h = torch.zeros_like(out) if grad_h is None else grad_h  # an edit may leave one of them without use
-        sizes = ctx.sizes | {"HEAD": 0 if grad_some is None else ctx.sizes["HEAD"]}
-        rows, mixes = out.numel() // out.size(-1), sizes["MIXES"]
+        rows = out.numel() // out.size(-1)
         grad_x = torch.empty_like(out)
-        sums = torch.empty(*ctx.grid, 2, device=out.device) if mixes else None
-        new_grad_x0 = (torch.empty_like(out) if grad_x0 is None else grad_x0) if mixes else None
+        sums = torch.empty(*ctx.grid if ctx.mixes else (1,), 2, device=out.device)
+        new_grad_x0 = torch.empty_like(out) if ctx.mixes and grad_x0 is None else grad_x0
         add_norm_backward_kernel[ctx.grid](
-            grad_out, grad_h, grad_some, grad_x0, out, x0, keep, add, grad_x, new_grad_x0, sums, rows,
-            HAS_OUT=grad_out is not None, HAS_X0=grad_x0 is not None, **sizes,
+            given(grad_out, out), grad_h, given(grad_some, out), given(grad_x0, out), out, given(x0, out), keep, add,
+            grad_x, given(new_grad_x0, out), sums, rows, 0 if grad_some is None else ctx.head,
+            int(grad_out is not None), int(ctx.mixes), int(grad_x0 is not None), **ctx.sizes,
         )  # fmt: skip
         grad_other = grad_x if ctx.adds else None
-        if sums is None:
+        if not ctx.mixes:
             return grad_x, grad_other, None, None, None, None
         with_y, with_x0 = sums.sum(0)
         grad_keep = (with_y - add * with_x0) / torch.where(keep == 0, torch.inf, keep)
