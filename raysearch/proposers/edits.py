@@ -330,14 +330,16 @@ def _nearest(search: str, text: str) -> str:
     wanted = next((line for line in search.splitlines() if line.strip() and line not in there), None)
     if wanted is None:
         return "each of its lines does, but not one after the other like that: copy them exactly"
-    matcher = SequenceMatcher(b=wanted.strip()[:NEAREST_CHARS], autojunk=False)
+    start = wanted.strip()[:NEAREST_CHARS]
+    matcher = SequenceMatcher(b=start, autojunk=False)
+    length = len(start) * 3 // 2  # of a line that goes on, a comment perhaps, only the start was searched
     rough: list[tuple[float, int]] = []
     for index, line in enumerate(lines):
-        matcher.set_seq1(line.strip()[:NEAREST_CHARS])
+        matcher.set_seq1(line.strip()[:length])
         rough.append((matcher.quick_ratio(), -index))
     best = (0.0, 0)
     for _, place in sorted(rough, reverse=True)[:NEAREST_TRIES]:  # the exact ratio takes long: only of a few
-        matcher.set_seq1(lines[-place].strip()[:NEAREST_CHARS])
+        matcher.set_seq1(lines[-place].strip()[:length])
         best = max(best, (matcher.ratio(), place))
     if best[0] < 0.5:
         return f"no line is like {_shown(wanted)}: copy it exactly"

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -242,18 +243,15 @@ async def complete(
         EndpointError: No whole answer came.
     """
     sdk = importlib.import_module(model.api.value)
-    # the HTTP library that this version of the SDK uses
-    http = importlib.import_module(sdk.Timeout.__module__.partition(".")[0])
+    http = importlib.import_module("httpx2")  # what both SDKs speak HTTP with
     text: list[str] = []
     said = _Said(text)
     try:
         async with _client(sdk, http, model, key) as client:
-            request = _openai_request if model.api is Api.OPENAI else _anthropic_request
-            create, read = (
-                (client.chat.completions.create, said.openai)
-                if model.api is Api.OPENAI
-                else (client.messages.create, said.anthropic)
-            )
+            if model.api is Api.OPENAI:
+                read, create, request = said.openai, client.chat.completions.create, _openai_request
+            else:
+                read, create, request = said.anthropic, client.messages.create, _anthropic_request
             async for event in await create(**request(model, system, turns, schema)):
                 read(event)
     except _TooLong:
@@ -297,6 +295,7 @@ async def _client(sdk: Any, http: Any, model: ChatModel, key: str) -> AsyncGener
         follow_redirects=False,
         headers={"accept-encoding": "identity"},
         timeout=http.Timeout(None, connect=CONNECT_S),
+        verify=_tls(),
     )
     kind = sdk.AsyncOpenAI if model.api is Api.OPENAI else sdk.AsyncAnthropic
     async with kind(
@@ -308,6 +307,11 @@ async def _client(sdk: Any, http: Any, model: ChatModel, key: str) -> AsyncGener
         default_headers={"accept-encoding": "identity"},
     ) as client:
         yield client
+
+
+@cache  # reading the certificates takes longer than all else before a call
+def _tls() -> Any:
+    return importlib.import_module("httpx2").create_ssl_context()
 
 
 def _openai_request(model: ChatModel, system: str, turns: Sequence[Turn], schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ class Purse:
     def __init__(self, limit_usd: float | None, spent_usd: float = 0.0) -> None:
         self.limit_usd = limit_usd
         self._spent = spent_usd
-        self._reserved = 0.0
+        self._reserved: list[float] = []  # of the calls in flight
         self._lock = threading.Lock()
 
     @property
@@ -171,18 +171,19 @@ class Purse:
             InUse: It could because of what is set aside for others.
         """
         with self._lock:
-            if self.limit_usd is not None and self._spent + self._reserved + usd > self.limit_usd + _ROUNDING_USD:
-                alone = self._spent + usd > self.limit_usd + _ROUNDING_USD
-                held = f", ${self._reserved:.2f} set aside for calls in flight" if self._reserved else ""
+            held = sum(self._reserved)
+            if self.limit_usd is not None and self._spent + held + usd > self.limit_usd + _ROUNDING_USD:
+                others = f", ${held:.2f} set aside for calls in flight" if held else ""
                 line = (
-                    f"${self._spent:.2f} of ${self.limit_usd:.2f} spent{held}; the next call may cost ${usd:.2f}; "
+                    f"${self._spent:.2f} of ${self.limit_usd:.2f} spent{others}; the next call may cost ${usd:.2f}; "
                     "raise --max-usd"
                 )
-                raise SpentUp(line) if alone else InUse(line)
-            self._reserved += usd
+                fits_later = self._spent + usd <= self.limit_usd + _ROUNDING_USD
+                raise InUse(line) if fits_later else SpentUp(line)
+            self._reserved.append(usd)
 
     def settle(self, reserved_usd: float, actual_usd: float) -> None:
         """Counts what a call did cost, in place of what was set aside for it."""
         with self._lock:
-            self._reserved = max(0.0, self._reserved - reserved_usd)
+            self._reserved.remove(reserved_usd)
             self._spent += actual_usd
