@@ -350,7 +350,10 @@ def test_what_is_no_stream_of_answers_is_no_idea(bench_of: BenchOf, api: Api, se
 def test_a_compressed_response_is_not_unpacked(bench_of: BenchOf):
     bomb = gzip.compress(b"data: " + b"x" * 50_000_000)
     bench = bench_of(sends(bomb, headers={"content-encoding": "gzip"}))
-    assert bench.none().reason == "m: the server sent what is no answer of the openai API"
+    assert bench.none().reason == "m: the server sent a compressed answer, which was not asked for"
+    assert bench.server.seen[0].headers["accept-encoding"] == "identity"
+    bench = bench_of(fails(500, content_encoding="gzip"), api=Api.ANTHROPIC)
+    assert "compressed" in bench.none().reason
     assert bench.server.seen[0].headers["accept-encoding"] == "identity"
 
 

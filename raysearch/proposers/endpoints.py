@@ -217,8 +217,11 @@ class EndpointError(Exception):
         self.may_cost = may_cost
 
 
-class _TooLong(Exception):
-    """The response is longer than any answer."""
+class _Unfit(Exception):
+    """The response is not read to its end; the message says why."""
+
+
+_TOO_LONG = f"an answer of more than {MAX_ANSWER_CHARS} characters or {MAX_BYTES} bytes was broken off"
 
 
 def estimated_tokens(text: str) -> int:
@@ -252,16 +255,16 @@ async def complete(
                 read, create, request = said.openai, client.chat.completions.create, _openai_request
             else:
                 read, create, request = said.anthropic, client.messages.create, _anthropic_request
-            async for event in await create(**request(model, system, turns, schema)):
-                read(event)
-    except _TooLong:
-        line = f"an answer of more than {MAX_ANSWER_CHARS} characters or {MAX_BYTES} bytes was broken off"
-        raise EndpointError(f"{model.name}: {line}", Fault.BROKEN, may_cost=True) from None
+            stream = await create(**request(model, system, turns, schema))
+            try:
+                async for event in stream:
+                    read(event)
+            except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # what an SDK makes of garbage
+                raise _Unfit(f"the server sent what is no answer of the {model.api.value} API") from None
+    except _Unfit as error:
+        raise EndpointError(f"{model.name}: {error}", Fault.BROKEN, may_cost=True) from None
     except (sdk.APIError, http.HTTPError) as error:
         raise _fault(model, key, sdk, http, error, begun=bool(text)) from None
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # what an SDK makes of any garbage
-        line = f"{model.name}: the server sent what is no answer of the {model.api.value} API"
-        raise EndpointError(line, Fault.BROKEN, may_cost=True) from None
     return said.reply()
 
 
@@ -275,13 +278,13 @@ async def _client(sdk: Any, http: Any, model: ChatModel, key: str) -> AsyncGener
             self._packed = response.headers.get("content-encoding", "identity") != "identity"
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            if self._packed:  # was not asked for, and a few bytes unpack to gigabytes
-                raise ValueError("compressed")
+            if self._packed:  # a few bytes may unpack to gigabytes
+                raise _Unfit("the server sent a compressed answer, which was not asked for")
             count = 0
             async for part in self._inner:
                 count += len(part)
                 if count > MAX_BYTES:
-                    raise _TooLong
+                    raise _Unfit(_TOO_LONG)
                 yield part
 
         async def aclose(self) -> None:
@@ -412,7 +415,7 @@ class _Said:
         if isinstance(part, str) and part:
             self._chars += len(part)
             if self._chars > MAX_ANSWER_CHARS:
-                raise _TooLong
+                raise _Unfit(_TOO_LONG)
             self._text.append(part)
 
     def _count(self, name: str, tokens: object) -> None:
