@@ -35,6 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "proposers.moves": {"proposers"},
     **{f"proposers.{name}": {"proposers", "proposers.moves"} for name in ("ablate", "simplify", "transfer", "combine")},
     "proposers.inbox": {"proposers"},
+    "proposers.edits": set(),
+    "proposers.prices": {"proposers"},
+    "proposers.endpoints": {"proposers.prices"},
+    "proposers.chat": {"proposers", "proposers.edits", "proposers.endpoints", "proposers.prices"},
     "asker": {"proposers"},
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
@@ -138,7 +142,7 @@ def test_ray_is_imported_in_two_places():
 
 
 def test_the_command_line_starts_without_what_is_slow_to_import():
-    slow = ("ray", "torch", "optuna", "matplotlib", "pandas", "scipy")
+    slow = ("ray", "torch", "optuna", "matplotlib", "pandas", "scipy", "openai", "anthropic")
     code = f"import sys, raysearch.run; print([name for name in {slow} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
