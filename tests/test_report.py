@@ -208,7 +208,7 @@ def test_the_time_between_a_kill_and_the_next_session_is_neither_idle_nor_a_gap(
 
 
 def test_an_idea_that_was_carried_is_one_proposal_and_one_win_of_its_proposer(study: Study) -> None:
-    found = {one.proposer: one for one in tally.proposers(study)}
+    found = {one.proposer: one.total for one in tally.proposers(study)}
     assert set(found) == {"tune", "inbox"}
     wins = [study.candidate(win.candidate).candidate.proposal for lane in study.lanes.values() for win in lane.wins]
     assert sum(one.confirmed for one in found.values()) == len({root.id for win in wins for root in study.roots(win)})
