@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"figure"},
     "console": set(),
     "data": {"objective"},
+    "task": {"objective"},
     "config": {"objective"},
     "proposers": set(),
     "proposers.tune": {"proposers"},
