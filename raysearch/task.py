@@ -31,7 +31,7 @@ What counts:
   makes the trial invalid.
 - The evaluation is fixed: the harness computes the cross-entropy in float32 on rows of its own. It checks that logits
   do not depend on later tokens, on other rows or on earlier calls, and refuses the model if they do.
-- Whatever is random comes from the seed, which the harness has set; every trial has another one.
+- Whatever is random comes from the seed, which the harness has set; trials have different ones.
 - A trial that runs out of memory, crashes, or is far behind at half of the budget gives no score.
 - The program may import what is installed: torch, triton where there is a GPU, and the standard library."""
 _KNOBS = """\

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PURE = {
     *("errors", "model", "wording", "knobs", "patches"),
     *("judge", "futility", "health", "bandit", "duplicates", "study", "schedule", "plan", "tally"),
-    *("brief", "directions", "yields", "economics"),
+    *("brief", "directions", "yields", "economics", "outline"),
 }
 TOP = {"coordinator", "run", "simulate"}
 # what each adapter may import of the package beside the pure modules
@@ -36,6 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "proposers.moves": {"proposers"},
     **{f"proposers.{name}": {"proposers", "proposers.moves"} for name in ("ablate", "simplify", "transfer", "combine")},
     "proposers.inbox": {"proposers"},
+    "proposers.importance": {"proposers"},
+    "proposers.context": {"proposers", "proposers.importance"},
     "asker": {"proposers"},
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
