@@ -21,7 +21,7 @@ from raysearch.wording import better_is, clean, number, places, plural, printabl
 from raysearch.yields import Author, Yield
 
 # Tokenizers of models that write code make 3 to 4 bytes of code or English a token; counting 2.5 leaves room for those
-# that do worse. Digits, of which some make a token each, and bytes of other scripts count as one: logs are full of them.
+# that do worse. Digits, of which some make a token each, and bytes of other scripts count one: logs are full of them.
 BYTES_A_TOKEN = 2.5
 PROGRAM_SHARE = 0.75  # of what task, directions and hardware leave: above that the program is shortened
 DIRECTIONS = "program.md"
