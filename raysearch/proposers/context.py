@@ -23,7 +23,7 @@ from raysearch.yields import Author, Yield
 # Tokenizers of models that write code make 3 to 4 bytes of code or English a token; counting 2.5 leaves room for those
 # that do worse. Digits, of which some make a token each, and bytes of other scripts count one: logs are full of them.
 BYTES_A_TOKEN = 2.5
-PROGRAM_SHARE = 0.75  # of what task, directions and hardware leave: above that the program is shortened
+PROGRAM_SHARE = 0.75  # of what task, directions and hardware leave, for the program; more if the rest needs less
 DIRECTIONS = "program.md"
 
 _RULES = f"""\
@@ -47,7 +47,7 @@ def estimate(text: str) -> int:
 def context(request: Request, tokens: int, *, runs: Runs | None = None) -> str:
     """Puts into words what is known, within a number of tokens as `estimate` counts them.
 
-    When it does not fit, it is shortened in this order: the program to `PROGRAM_SHARE` by its longest function bodies;
+    When it does not fit, it is shortened in this order: the program to `PROGRAM_SHARE`, by its longest function bodies;
     tries that were discarded, the older ones; lines of logs; older wins; then whatever else changes. The task, the
     directions, the hardware, the champion's figures and the constants and `train` of the program always stay.
 
@@ -62,8 +62,9 @@ def context(request: Request, tokens: int, *, runs: Runs | None = None) -> str:
     stable = _stable(request)
     importance = runs.importance(request.profile) if runs else []
     shapes = list(_shapes())
-    left = tokens - _cost(stable) - _cost(_facts(request, importance, shapes[-1]))
-    program = _program(request, left)
+    most, least = (_cost(_facts(request, importance, shape)) for shape in (shapes[0], shapes[-1]))
+    left = tokens - _cost(stable)
+    program = _program(request, max(PROGRAM_SHARE * (left - least), left - most))
     text = ""
     for shape in shapes:
         text = "\n\n".join((stable, program, _facts(request, importance, shape))) + "\n"
@@ -123,8 +124,8 @@ def _hardware(profile: Profile) -> str:
     return "\n".join(lines)
 
 
-def _program(request: Request, left: float) -> str:
-    """The editable files, in full if they take no more than their share; the shortest form if nothing else fits."""
+def _program(request: Request, room: float) -> str:
+    """The editable files, in full if there is room for them; the shortest form if nothing else fits."""
     text = ""
     for place, files in enumerate(outline.shorter(request.files)):
         parts = ["## Program"]
@@ -132,7 +133,7 @@ def _program(request: Request, left: float) -> str:
             parts.append(_LEFT_OUT.format(note=outline.note(12)))
         parts += [f"`{path}`:\n\n{fenced(files[path], _info(path))}" for path in sorted(files)]
         text = "\n\n".join(parts)
-        if _cost(text) <= PROGRAM_SHARE * left:
+        if _cost(text) <= room:
             break
     return text
 
