@@ -189,6 +189,12 @@ class Brief:
     yields: tuple[tuple[Author, Yield], ...] = ()
     travelled: tuple[Travel, ...] = ()
 
+    @property
+    def headroom_mb(self) -> float | None:
+        """Memory of the GPU that no run of the champion has used; None on a CPU, and before there was a run."""
+        peak_mb = self.use.peak_mb if self.use is not None else None
+        return self.profile.memory_mb - peak_mb if self.profile.memory_mb and peak_mb is not None else None
+
 
 def brief(study: Study, profile: str) -> Brief:
     """Reads off what is known of a profile."""

@@ -32,7 +32,8 @@ def test_the_card_is_told_with_its_headroom_its_speed_and_where_a_trials_seconds
     found = brief(study, GPU.profile.slug)
     use = found.use
     assert use is not None
-    assert found.profile.memory_mb - (use.peak_mb or 0) == 12288 - 9830
+    assert (found.profile.memory_mb, use.peak_mb, found.headroom_mb) == (12288, 9830.0, 2458.0)
+    assert brief(study, "cpu").headroom_mb is None
     assert (use.steps, use.tokens, use.parameters, use.mfu_percent) == (412.0, 843776.0, 1052672.0, 31.2)
     assert use.tokens_per_s is None  # these programs do not tell it
     assert use.training == pytest.approx(60 / (use.trial_s or 0), rel=0.05)

@@ -27,7 +27,7 @@ from raysearch.model import Direction, Dropped, Outcome
 from raysearch.objective import TRAINER, Objective
 from raysearch.proposers import Request, Told
 from raysearch.proposers.context import BYTES_A_TOKEN, Teller, context, estimate, fenced
-from raysearch.proposers.importance import LEAST_RUNS, Runs
+from raysearch.proposers.importance import LEAST_RUNS, RUNS, Runs
 from raysearch.study import Settings, Study
 from raysearch.task import task
 
@@ -348,6 +348,23 @@ def test_knobs_that_count_are_named_and_others_are_not():
     assert found[0][1] > 0.8
     assert sum(share for _, share in found) == pytest.approx(1.0)
     assert runs.importance("another") == []
+
+
+def test_of_very_many_runs_the_latest_count_in_whatever_order_they_were_told():
+    late = [
+        replace(run, value=float(place % 7))  # nothing matters any more
+        for place, run in enumerate(runs_of(RUNS + 50))
+        if place >= 50
+    ]
+    told = [*list(runs_of(RUNS + 50))[:50], *late]
+    one, other, latest = Runs(), Runs(), Runs()
+    for run in told:
+        one.add(run)
+    for run in reversed(told):
+        other.add(run)
+    for run in late:
+        latest.add(run)
+    assert one.importance("cpu") == other.importance("cpu") == latest.importance("cpu")
 
 
 def test_a_choice_without_order_can_count():

@@ -185,7 +185,7 @@ def _facts(request: Request, importance: Sequence[tuple[str, float]], shape: _Sh
     decimals = places(brief.baseline, brief.sigma)
     parts = ["## Now", _standing(request, brief, decimals)]
     if brief.use is not None:
-        parts.append(_use(brief.use, brief.profile))
+        parts.append(_use(brief.use, brief.headroom_mb))
     if importance and shape.rest:
         shares = ", ".join(f"{clean(name)} {100 * share:.0f} %" for name, share in importance[: shape.rest])
         parts.append(f"Knobs whose values went with the metric beyond chance, by rank correlation: {shares}.")
@@ -230,11 +230,11 @@ def _standing(request: Request, brief: Brief, decimals: int) -> str:
     return "\n".join(lines)
 
 
-def _use(use: Use, profile: Profile) -> str:
+def _use(use: Use, headroom_mb: float | None) -> str:
     """How the champion uses its card and its seconds."""
     told: list[str] = []
-    if use.peak_mb is not None and profile.memory_mb:
-        told.append(f"{use.peak_mb:.0f} MB of memory, {profile.memory_mb - use.peak_mb:.0f} MB free")
+    if headroom_mb is not None:
+        told.append(f"{use.peak_mb:.0f} MB of memory, {headroom_mb:.0f} MB free")
     figures = (
         ("{:.0f} steps in the budget", use.steps),
         ("{:.0f} tokens a second", use.tokens_per_s),
