@@ -1,4 +1,4 @@
-"""How the search core grows with a study: time of a decision, replay of the journal, memory. It trains nothing.
+"""How the search core grows with a study: time of a decision and of a brief, replay, memory. It trains nothing.
 
 `python benchmarks/scale.py` drives the real state, plan and judge with invented results, on many slots and a virtual
 clock, and replays the journal that comes of it.
@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from raysearch import plan
+from raysearch.brief import brief
 from raysearch.config import StudyConfig
 from raysearch.folder import replay as replay_study
 from raysearch.journal import Journal
@@ -148,6 +149,16 @@ class World:
         self.add(TrialFinished(name, state.attempt, Outcome.MEASURED, measurement=measured, halfway=value + 0.05))
 
 
+def briefs_ms(study: Study) -> list[float]:
+    """Times of making what a model is told of the study, the shortest first."""
+    found: list[float] = []
+    for _ in range(50):
+        started = time.perf_counter()
+        brief(study, SLUG)
+        found.append(1000 * (time.perf_counter() - started))
+    return sorted(found)
+
+
 def replay(path: Path) -> None:
     """Replays a journal in this process, which does nothing else, and prints seconds, memory and a decision's time."""
     before = psutil.Process().memory_info().rss
@@ -169,7 +180,10 @@ def main() -> None:
         replay(arguments.replay)
         return
     print(f"{arguments.slots} slots; a decision is one call of plan.next_commands over the last 1,000 trials\n")
-    print(f"{'trials':>8} {'events':>8} {'decision ms p50':>16} {'p99':>7} {'longest':>8} {'replay s':>9} {'MiB':>7}")
+    print(
+        f"{'trials':>8} {'events':>8} {'decision ms p50':>16} {'p99':>7} {'longest':>8} {'brief ms':>9} "
+        f"{'replay s':>9} {'MiB':>7}"
+    )
     for trials in arguments.trials:
         with tempfile.TemporaryDirectory() as folder:
             journal = Journal(Path(folder) / "journal.db", writer=True, durable=False)
@@ -177,13 +191,14 @@ def main() -> None:
             world.run(max(1, trials - 1000))
             world.decisions_ms.clear()
             world.run(trials)
+            brief_ms = briefs_ms(world.study)[25]
             journal.close()
             again = [sys.executable, __file__, "--replay", str(Path(folder) / "journal.db")]
             told = subprocess.run(again, capture_output=True, text=True, check=True).stdout.split()
         ms = sorted(world.decisions_ms)
         print(
             f"{trials:>8} {told[1]:>8} {ms[len(ms) // 2]:>16.2f} {ms[int(0.99 * len(ms))]:>7.2f} {ms[-1]:>8.1f}"
-            f" {float(told[2]):>9.2f} {float(told[3]):>7.0f}",
+            f" {brief_ms:>9.2f} {float(told[2]):>9.2f} {float(told[3]):>7.0f}",
             flush=True,
         )
 

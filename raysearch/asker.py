@@ -40,6 +40,7 @@ class Asking(Protocol):
     """How the coordinator asks and tells one proposer without waiting for it; see `Asker`."""
 
     name: str
+    wants_brief: bool
 
     def outstanding(self) -> dict[str, int]:
         """Proposals on their way, by profile; a profile in a pause counts as asked."""
@@ -83,6 +84,7 @@ class Asker:
 
     def __init__(self, proposer: Proposer, clock: Callable[[], float]) -> None:
         self.name = proposer.name
+        self.wants_brief = proposer.wants_brief
         self._proposer = proposer
         self._clock = clock
         self._asks: dict[str, _Ask] = {}

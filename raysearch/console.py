@@ -23,6 +23,7 @@ from rich.text import Text
 from raysearch import schedule, tally
 from raysearch.health import THROTTLED_SHARE, is_throttled
 from raysearch.model import (
+    Dropped,
     Judged,
     Measurement,
     Outcome,
@@ -43,6 +44,7 @@ from raysearch.schedule import Slot
 from raysearch.study import Study, TrialState
 from raysearch.tally import Fate, Line, Standing
 from raysearch.wording import better_is, clean, compared, duration, gain, last_line, number, places, plural, signed
+from raysearch.yields import named
 
 REFRESH_S = 0.25
 SHOWN_TRIALS = 8
@@ -222,6 +224,8 @@ def told(study: Study, record: Record, metric: str) -> str:
         case Refused(proposal_id, reason):
             proposal = next((one for one, _ in reversed(study.refused) if one.id == proposal_id), None)
             line = f"refused {proposal_id}: {reason}" + (f": {proposal.hypothesis}" if proposal else "")
+        case Dropped() as event:
+            line = f"{named(event.proposer, event.model)}: no proposal: {event.reason}"
         case TrialStarted(trial, attempt, slot):
             again = f", attempt {attempt}" if attempt > 1 else ""
             line = f"start {trial.id} on {slot} ({trial.purpose.value}{again}): {_about(study, trial)}"

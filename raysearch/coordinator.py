@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from raysearch import __version__, duplicates, objective, plan
 from raysearch.asker import Asking
+from raysearch.brief import brief
 from raysearch.config import StudyConfig, write_config
 from raysearch.console import Console
 from raysearch.errors import UserError
@@ -55,6 +56,7 @@ from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
 from raysearch.study import CandidateState, Lane, Study, candidate_id
+from raysearch.task import task
 
 POLL_S = 0.25
 POLL_WHILE_ASKING_S = 0.02
@@ -438,8 +440,8 @@ class Coordinator:
             self._record(TrialFinished(trial.id, command.attempt, Outcome.LOST, str(error)))
 
     def _ask(self, command: Ask) -> None:
-        lane = self._study.lane(command.profile)
-        self._askers[command.proposer].ask(
+        lane, asker = self._study.lane(command.profile), self._askers[command.proposer]
+        asker.ask(
             Request(
                 profile=command.profile,
                 base=command.base,
@@ -451,6 +453,8 @@ class Coordinator:
                 elsewhere=self._elsewhere(lane),
                 unmerged=[self._step_of(self._study.candidate(name)) for name in lane.unmerged[-STEPS:]],
                 sources=frozenset(lane.sources),
+                brief=brief(self._study, command.profile) if asker.wants_brief else None,
+                task=task(self._objective, budget=lane.profile.budget),
             )
         )
 
@@ -634,7 +638,9 @@ class Coordinator:
         value = measurement.value if measurement else None
         repo, editable = self._repo, self._objective.editable
         # read by the first of the proposers' threads that comes to it, once for all of them
-        told = functools.cache(lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value))
+        told = functools.cache(
+            lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value, trial.id)
+        )
         for asker in self._askers.values():
             asker.tell(told)
 

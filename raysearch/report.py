@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
-from raysearch import schedule, tally
+from raysearch import economics, schedule, tally
+from raysearch.economics import ProposerStatus, WorthStatus
 from raysearch.health import Heat, is_throttled
 from raysearch.model import Direction, Operator, Outcome, Profile
 from raysearch.study import Study
@@ -397,15 +398,12 @@ def _failures_part(lines: list[Line]) -> list[str]:
 
 
 def _proposers_part(study: Study) -> list[str]:
-    found = tally.proposers(study)
-    if not found:
+    head, *rows = economics.table(study)
+    if not rows:
         return []
-    rows = [
-        [_md(one.proposer), str(one.proposals), str(one.refused), str(one.screened), str(one.confirmed)]
-        for one in found
-    ]
-    head = ["proposer", "proposals", "refused", "promising at the first run", "confirmed wins"]
-    return ["## Proposers", "", *_table(head, rows), ""]
+    lines = [f"- {_md(line)}" for line in economics.worth_lines(economics.worths(study))]
+    cells = [[_md(cell) for cell in row] for row in rows]
+    return ["## Proposers", "", *_table(head, cells), "", economics.legend(study), "", *lines, *([""] if lines else [])]
 
 
 def _travelled_part(study: Study) -> list[str]:
@@ -549,6 +547,9 @@ class StudyStatus(TypedDict):
     proposals: int
     refused: int
     queued: int
+    spent_usd: float
+    proposers: list[ProposerStatus]
+    worth: list[WorthStatus]
     profiles: list[ProfileStatus]
     running_trials: list[RunningStatus]
     last_verdicts: list[VerdictStatus]
@@ -585,6 +586,9 @@ def status(study: Study, *, name: str, metric: str, now: float, running: bool) -
         proposals=study.proposals,
         refused=len(study.refused),
         queued=sum(queued.values()),
+        spent_usd=study.spent_usd,
+        proposers=economics.proposers(study),
+        worth=economics.worths(study),
         profiles=[_profile_status(study, slug, queued[slug]) for slug in study.lanes],
         running_trials=[
             RunningStatus(
@@ -680,6 +684,7 @@ def status_text(found: StudyStatus) -> str:
         text.append("no profile yet: nothing has been run")
     for one in found["profiles"]:
         text += [_profile_line(one, found["metric"], found["direction"]), *_card_lines(one)]
+    text += economics.lines(found["proposers"], found["worth"], found["spent_usd"])
     for run in found["running_trials"]:
         what = "running" if found["running"] else "was in flight, will be run again"
         text.append(f"{run['slot']}: {run['trial']} ({run['purpose']}, {duration(run['running_s'])}), {what}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from raysearch import bandit, judge
+from raysearch import bandit, judge, yields
 from raysearch.bandit import Arm, Tally
 from raysearch.futility import Futility
 from raysearch.health import Health, Heat
@@ -40,6 +40,7 @@ from raysearch.model import (
     TrialStarted,
     Verdict,
 )
+from raysearch.yields import Author, Yield
 
 REFERENCE_SEEDS = 1_000  # the n-th reference run of a program has the seed 1000 + n
 SCREEN_SEEDS = 100_000  # and the n-th candidate's first run 100000 + n, so that no race repeats it
@@ -123,6 +124,7 @@ class CandidateState:
         p_better, gain: See `model.Judged`; of a change that is carried, of what it carries.
         races: Ids of its own runs in pairs, in the order in which they were started.
         seconds: Of slots, that its own runs took.
+        promising: Whether its first run, or that of what carried it, was promising.
     """
 
     candidate: Candidate
@@ -141,6 +143,7 @@ class CandidateState:
     ratchet_commit: str | None = None
     races: list[str] = field(default_factory=list[str])
     seconds: float = 0.0
+    promising: bool = False
 
     @property
     def id(self) -> str:
@@ -179,6 +182,7 @@ class Lane:
         differences: Differences in the pairs of each race.
         rivals: Runs of candidates in pairs, by the trial of the other side.
         halves: Half-way values, by candidate.
+        yields: What ideas cost and gave, by who had them.
         heat: How often each slot was throttled; runs that are no longer believed count too.
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         refusals: Proposals that were refused since anything new was known of the profile.
@@ -215,6 +219,7 @@ class Lane:
     rivals: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     halves: judge.Replicates = field(default_factory=judge.Replicates)
     tallies: dict[Arm, Tally] = field(default_factory=dict[Arm, Tally])
+    yields: dict[Author, Yield] = field(default_factory=dict[Author, Yield])
     health: Health = field(default_factory=Health)
     heat: dict[str, Heat] = field(default_factory=dict[str, Heat])
     screens: int = 0
@@ -274,8 +279,7 @@ class Study:
             case Proposed() as event:
                 self._propose(event.proposal, record.at)
             case Dropped() as event:
-                self.dropped.append(event)
-                self.spent_usd += event.cost_usd
+                self._drop(event)
             case Directed() as event:
                 self.directed[event.file] = event.text
             case Materialised() as event:
@@ -342,6 +346,9 @@ class Study:
             raise InvalidTransition(f"proposal {proposal.id} is in the study already")
         if not proposal.carries:
             lane.screens += 1
+            counted = self._yield(proposal)
+            counted.proposals += 1
+            counted.spend(proposal)
         for carried in [self._open(name) for name in proposal.carries]:
             carried.carried_by = proposal.id
             self._close(lane, carried.id)
@@ -354,6 +361,18 @@ class Study:
         self.waiting[proposal.id] = proposal
         self.proposed_at[proposal.id] = at
 
+    def _drop(self, event: Dropped) -> None:
+        self.dropped.append(event)
+        self.spent_usd += event.cost_usd
+        author = Author(event.proposer, event.model, None)
+        counted = self.lane(event.profile).yields.setdefault(author, Yield())
+        counted.dropped += 1
+        counted.spend(event)
+
+    def _yield(self, proposal: Proposal) -> Yield:
+        """What is counted for whoever had an idea."""
+        return self.lane(proposal.profile).yields.setdefault(yields.author_of(proposal), Yield())
+
     def _refuse(self, event: Refused) -> None:
         proposal = self._take_waiting(event.proposal_id)
         self.refused.append((proposal, event.reason))
@@ -364,6 +383,7 @@ class Study:
             lane.screens -= 1
         if not proposal.carries:
             lane.refusals += 1
+            self._yield(proposal).refused += 1
 
     def _materialise(self, event: Materialised, at: float) -> None:
         proposal = self._take_waiting(event.proposal_id)
@@ -461,6 +481,9 @@ class Study:
         candidate = self.candidates[trial.candidate]
         if trial.purpose in (Purpose.SCREEN, Purpose.RACE):
             candidate.seconds += seconds
+            roots = list(self.roots(candidate.candidate.proposal))
+            for root in roots:
+                self._yield(root).seconds += seconds / len(roots)
         if state.measurement is not None:
             lane.wall_s = seconds if lane.wall_s is None else (1 - RECENT) * lane.wall_s + RECENT * seconds
             lane.heat.setdefault(state.slot, Heat()).add(trial.id, state.measurement)
@@ -537,6 +560,8 @@ class Study:
         state.p_better, state.gain = event.p_better, event.gain
         for group in (lane.line, lane.racing, lane.confirmed, lane.screened, lane.due):
             group.pop(event.candidate, None)
+        if event.verdict is not Verdict.DISCARD:
+            self._count_promising(state)
         if event.verdict is Verdict.RETEST:
             lane.racing[event.candidate] = None
         elif event.verdict is Verdict.KEEP:
@@ -549,6 +574,13 @@ class Study:
                 self._split(lane, state.candidate.proposal)
             elif state.seconds > 0:
                 self._count_try(lane, state, None)
+
+    def _count_promising(self, state: CandidateState) -> None:
+        """Counts the ideas that a candidate carries as promising, each once."""
+        for root in self.roots(state.candidate.proposal):
+            if not self.candidates[root.id].promising:
+                self.candidates[root.id].promising = True
+                self._yield(root).screened += 1
 
     def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
         """What the candidate's effect says of changes in general: once, when it is decided."""
@@ -597,12 +629,16 @@ class Study:
         self._count_try(lane, state, state.gain or 0.0)
 
     def _count_try(self, lane: Lane, state: CandidateState, gain: float | None) -> None:
-        """Counts for its arm what a proposal cost and gained; a union's gain is its members', in equal parts."""
+        """Counts for arm and author what a proposal cost and gained; a union's gain is its members', in equal parts."""
         roots = list(self.roots(state.candidate.proposal))
         for root in roots:
             arm = Arm(root.proposer, root.operator)
             share = None if gain is None else gain / len(roots)
             lane.tallies.update(bandit.tried(lane.tallies, arm, seconds=state.seconds / len(roots), gain=share))
+            counted = self._yield(root)
+            counted.tried += 1
+            if share is not None:
+                counted.win(share)
 
     def roots(self, proposal: Proposal) -> Iterator[Proposal]:
         """The proposals as they were first made, of what is carried."""

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from statistics import fmean, median
 
+from raysearch import yields
 from raysearch.health import SPEED
 from raysearch.judge import Noise
 from raysearch.model import Measurement, Outcome, Profile, Purpose, SessionStarted, Verdict
 from raysearch.study import CandidateState, Study, TrialState, screen_id
+from raysearch.yields import Author, Comparison, Yield
 
 START_PARTS = ("start", "import", "data", "build", "first_step")
 EVALUATION_PARTS = ("eval", "holdout")
+REFERENCE = "tune"  # the proposer that a model has to be worth its slots against: it costs nothing
 PER_DOUBLING_BPB = 0.04  # about, for twice the compute on a GPU (the design's figure, as in the simulator)
 
 
@@ -174,15 +177,28 @@ class Gains:
     learning: float | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class ProposerTally:
-    """What came of a proposer's ideas; a change carried onto a newer champion is still the same idea."""
+    """What a proposer's ideas cost and gave.
+
+    Attributes:
+        parts: The same by model and operator, the busiest first; answers that were no proposal have no operator.
+    """
 
     proposer: str
-    proposals: int = 0
-    refused: int = 0
-    screened: int = 0  # first runs that were promising
-    confirmed: int = 0  # on the ratchet
+    total: Yield
+    parts: list[tuple[Author, Yield]]
+
+
+@dataclass(frozen=True)
+class ModelTally:
+    """A model against `tune`, on one profile."""
+
+    profile: str
+    author: str
+    ours: Yield
+    theirs: Yield
+    found: Comparison
 
 
 def finished(study: Study) -> list[TrialState]:
@@ -409,39 +425,49 @@ def refusals(study: Study) -> list[tuple[str, int]]:
 
 
 def proposers(study: Study) -> list[ProposerTally]:
-    """What came of each proposer's ideas, the busiest first."""
-    bases = {lane.base for lane in study.lanes.values()}
-    tallies: dict[str, ProposerTally] = {}
-    raced = {run.trial.candidate for run in study.trials.values() if run.trial.purpose is Purpose.RACE}
-    for proposal in study.waiting.values():
-        if not proposal.carries:
-            tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer)).proposals += 1
-    for proposal, _ in study.refused:
-        if not proposal.carries:
-            tally = tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer))
-            tally.proposals += 1
-            tally.refused += 1
-    for name, state in study.candidates.items():
-        proposal = state.candidate.proposal
-        if name in bases or proposal.carries:
-            continue
-        tally = tallies.setdefault(proposal.proposer, ProposerTally(proposal.proposer))
-        tally.proposals += 1
-        tally.screened += any(_promising(one, raced) for one in _chain(study, state))
-        tally.confirmed += any(one.ratchet_commit is not None for one in _chain(study, state))
-    return sorted(tallies.values(), key=lambda tally: (-tally.proposals, tally.proposer))
+    """What each proposer's ideas cost and gave, over all profiles, the busiest first."""
+    parts: dict[str, dict[Author, list[Yield]]] = {}
+    for lane in study.lanes.values():
+        for author, found in lane.yields.items():
+            parts.setdefault(author.proposer, {}).setdefault(author, []).append(found)
+    tallies: list[ProposerTally] = []
+    for proposer, by_author in parts.items():
+        summed = [(author, yields.total(some)) for author, some in by_author.items()]
+        summed.sort(key=lambda part: (_busy(part[1]), part[0].name, part[0].operator.value if part[0].operator else ""))
+        tallies.append(ProposerTally(proposer, yields.total(one for _, one in summed), summed))
+    return sorted(tallies, key=lambda one: (_busy(one.total), one.proposer))
 
 
-def _chain(study: Study, state: CandidateState) -> Iterator[CandidateState]:
+def _busy(one: Yield) -> int:
+    return -(one.proposals + one.dropped)
+
+
+def models(study: Study) -> list[ModelTally]:
+    """How each model's ideas do against those of `tune`, by profile; on profiles that `tune` has no ideas for, nothing.
+
+    Gains on two profiles are no equal goods, and a profile's first hours give more than its last: what is compared is
+    of one profile, and of the same days.
+    """
+    found: list[ModelTally] = []
+    for slug, lane in study.lanes.items():
+        by_name: dict[str, list[Yield]] = {}
+        for author, one in lane.yields.items():
+            if author.model or author.proposer == REFERENCE:
+                by_name.setdefault(author.name, []).append(one)
+        theirs = yields.total(by_name.pop(REFERENCE, ()))
+        if theirs.proposals:
+            for name, some in sorted(by_name.items()):
+                ours = yields.total(some)
+                found.append(ModelTally(slug, name, ours, theirs, yields.compare(ours, theirs)))
+    return found
+
+
+def chain(study: Study, state: CandidateState) -> Iterator[CandidateState]:
     """A candidate, the one that carries its change onto a newer champion, the one that carries that, and so on."""
     yield state
     while (follower := study.candidates.get(state.carried_by or "")) is not None:
         state = follower
         yield state
-
-
-def _promising(state: CandidateState, raced: set[str]) -> bool:
-    return state.verdict in (Verdict.KEEP, Verdict.RETEST) or state.candidate.id in raced
 
 
 def tried(study: Study) -> int:

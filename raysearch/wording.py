@@ -28,6 +28,12 @@ def clean(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """Text that others wrote, without escape sequences and control characters; lines and indents stay."""
+    lines = [_ESCAPES.sub("", line).expandtabs(4) for line in text.splitlines()]
+    return "\n".join("".join(" " if unicodedata.category(c)[0] == "C" else c for c in line).rstrip() for line in lines)
+
+
 def last_line(text: str, limit: int = 200) -> str:
     """The last line of a log that says anything, cleaned; empty if none does."""
     for line in reversed(text[-8 * limit :].splitlines()):

@@ -21,7 +21,7 @@ from rich.console import Console as RichConsole
 
 from raysearch import tally
 from raysearch.console import Console, Frame, share_rows, snapshot, told, view
-from raysearch.model import Direction, Measurement, Outcome, Record, TrialFinished
+from raysearch.model import Direction, Dropped, Measurement, Outcome, Record, TrialFinished
 from raysearch.schedule import Slot
 from raysearch.study import Settings, Study
 
@@ -47,6 +47,13 @@ PROGRESS = {"cpu-0": Progress("train", 0.5, 12.0), "gpu-0": Progress("first_step
 @pytest.fixture(scope="module")
 def study() -> Study:
     return realistic().study
+
+
+def test_an_answer_that_is_no_proposal_is_told_in_a_line():
+    study = Study(Settings())
+    dropped = Dropped("cpu", "chat", "no block matches the file", model="a-model")
+    assert told(study, Record(1, 0.0, dropped), "m") == "chat (a-model): no proposal: no block matches the file"
+    assert told(study, Record(1, 0.0, Dropped("cpu", "agent", "why")), "m") == "agent: no proposal: why"
 
 
 def test_a_throttled_trial_is_marked_where_it_ends():

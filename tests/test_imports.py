@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PURE = {
     *("errors", "model", "wording", "knobs", "patches"),
     *("judge", "futility", "health", "bandit", "duplicates", "study", "schedule", "plan", "tally"),
-    *("brief", "directions"),
+    *("brief", "directions", "yields", "economics", "outline"),
 }
 TOP = {"coordinator", "run", "simulate"}
 # what each adapter may import of the package beside the pure modules
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"figure"},
     "console": set(),
     "data": {"objective"},
+    "task": {"objective"},
     "config": {"objective"},
     "proposers": set(),
     "proposers.tune": {"proposers"},
@@ -39,6 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "proposers.prices": {"proposers"},
     "proposers.endpoints": {"proposers.prices"},
     "proposers.chat": {"proposers", "proposers.edits", "proposers.endpoints", "proposers.prices"},
+    "proposers.importance": {"proposers"},
+    "proposers.context": {"proposers", "proposers.importance"},
     "asker": {"proposers"},
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},

@@ -7,7 +7,9 @@ import dataclasses
 import io
 import json
 import math
+import random
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import histories
@@ -15,11 +17,25 @@ import pandas as pd
 import pytest
 from histories import CPU, CPU_IDEAS, GPU, History, Idea, Simulation, realistic
 from PIL import Image
+from told import TRIAL_S, Told, ready
 
-from raysearch import judge, report, schedule, tally
-from raysearch.model import Direction, Measurement, Outcome, Purpose, Trial, TrialFinished, TrialStarted, Verdict
+from raysearch import judge, report, schedule, tally, yields
+from raysearch.model import (
+    Direction,
+    Dropped,
+    Measurement,
+    Operator,
+    Outcome,
+    Purpose,
+    Refused,
+    Trial,
+    TrialFinished,
+    TrialStarted,
+    Verdict,
+)
 from raysearch.study import Settings, Study
 from raysearch.tally import Fate
+from raysearch.yields import Author, Worth, Yield
 
 HOSTILE = (
     '"quoted\tand\nbroken\x1b[2J\x1b]0;owned\x07 [bold]| `code` <script> $\\frac{ 深い \u202e \ud800 ' + "long " * 200
@@ -208,7 +224,7 @@ def test_the_time_between_a_kill_and_the_next_session_is_neither_idle_nor_a_gap(
 
 
 def test_an_idea_that_was_carried_is_one_proposal_and_one_win_of_its_proposer(study: Study) -> None:
-    found = {one.proposer: one for one in tally.proposers(study)}
+    found = {one.proposer: one.total for one in tally.proposers(study)}
     assert set(found) == {"tune", "inbox"}
     wins = [study.candidate(win.candidate).candidate.proposal for lane in study.lanes.values() for win in lane.wins]
     assert sum(one.confirmed for one in found.values()) == len({root.id for win in wins for root in study.roots(win)})
@@ -218,6 +234,211 @@ def test_an_idea_that_was_carried_is_one_proposal_and_one_win_of_its_proposer(st
     not_carried = [state for state in study.candidates.values() if not state.candidate.proposal.carries]
     asked = len(not_carried) - len(study.lanes) + len(study.refused) + len(study.waiting)
     assert sum(one.proposals for one in found.values()) == asked
+
+
+# ---- economics ----
+
+
+def paid(told: Told) -> None:
+    """A win and a discard of a model that is paid for, two answers of it that came to nothing, a discard of tune."""
+    win = told.propose(proposer="chat", model="m", operator=Operator.DRAFT, **PRICE)
+    told.materialise(win)
+    told.promise(win)
+    told.win(win)
+    lost = told.propose(proposer="chat", model="m", **PRICE)
+    told.materialise(lost)
+    told.run(f"{lost}-screen", 2.0)
+    told.add(Refused(told.propose(proposer="chat", model="m", **PRICE), "it does not apply"))
+    told.add(Dropped("cpu", "chat", "no JSON", "m", cost_usd=0.25, tokens_in=100, tokens_out=0, proposal_s=10.0))
+    own = told.candidate()
+    told.run(f"{own}-screen", 2.0)
+    told.conclude()
+
+
+PRICE = {"cost_usd": 0.25, "tokens_in": 100, "tokens_out": 20, "proposal_s": 30.0}
+
+
+def test_what_a_models_ideas_cost_and_gave_can_be_counted_by_hand() -> None:
+    told = ready()
+    paid(told)
+    chat, tune = tally.proposers(told.study)
+    (win,) = told.lane.wins
+    gain = told.state(win.candidate).gain
+    assert gain is not None
+    assert (chat.proposer, tune.proposer) == ("chat", "tune")
+    pairs = told.state(win.candidate).pairs
+    assert chat.total == Yield(
+        proposals=3,
+        refused=1,
+        dropped=1,
+        tried=2,
+        screened=1,
+        confirmed=1,
+        gain=gain,
+        gain_squares=gain**2,
+        seconds=TRIAL_S * (2 + pairs),
+        cost_usd=1.0,
+        tokens_in=400,
+        tokens_out=60,
+        proposal_s=100.0,
+    )
+    assert chat.total.gain_per_hour == pytest.approx(3600 * gain / (TRIAL_S * (2 + pairs)))
+    assert chat.total.gain_per_usd == pytest.approx(gain)
+    assert chat.total.mean_proposal_s == 25.0
+    assert tune.total == Yield(proposals=1, tried=1, seconds=TRIAL_S)
+    assert {author: one.proposals for author, one in chat.parts} == {
+        Author("chat", "m", Operator.DRAFT): 1,
+        Author("chat", "m", Operator.TUNE): 2,
+        Author("chat", "m", None): 0,
+    }
+    assert told.study.spent_usd == 1.0
+
+
+def test_status_and_summary_show_what_was_paid_and_that_it_is_too_early_to_say() -> None:
+    told = ready()
+    paid(told)
+    found = report.status(told.study, name="s", metric="val_bpb", now=told.at, running=False)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    chat, tune = found["proposers"]
+    assert (chat["total"]["proposals"], chat["total"]["cost_usd"], tune["total"]["cost_usd"]) == (3, 1.0, 0.0)
+    assert {part["operator"] for part in chat["parts"]} == {"draft", "tune", None}
+    assert {part["model"] for part in chat["parts"]} == {"m"}
+    assert found["spent_usd"] == 1.0
+    (worth,) = found["worth"]
+    assert (worth["author"], worth["worth"], worth["tried"], worth["tune_tried"]) == ("chat (m)", "too_early", 2, 1)
+    text = report.status_text(found)
+    assert "chat: 3 proposals, 1 refused, 1 answer without a proposal, 1 promising, 1 confirmed; gain 0." in text
+    assert "1.00 USD, 0." in text
+    assert "25.0 s an answer" in text
+    assert "  m draft: 1 proposal, 1 promising, 1 confirmed; gain" in text
+    assert "spent on models: 1.00 USD" in text
+    said = "cpu: chat (m): too early to say whether it pays for itself against tune: "
+    assert said in text
+    summary = part(report.summary_markdown(told.study, name="s", metric="val_bpb"), "## Proposers")
+    assert "| chat |  | 3 | 1 | 1 | 1 | 1 | 0." in summary
+    assert "| – chat (m) | draft | 1 | 0 | 0 | 1 | 1 | 0." in summary
+    assert "Spent on models in all: 1.00 USD." in summary
+    assert f"- {said}" in summary
+
+
+def test_a_change_that_was_carried_is_one_try_and_all_of_its_runs_are_counted() -> None:
+    told = ready()
+    first, second = told.candidate(proposer="chat", model="m"), told.candidate()
+    told.promise(first, second)
+    told.confirm(first, second)
+    told.move()
+    carrier = told.carry()
+    told.win(carrier, than=0.7)
+    found = {one.proposer: one.total for one in tally.proposers(told.study)}
+    assert {name: (one.proposals, one.tried, one.screened, one.confirmed) for name, one in found.items()} == {
+        "chat": (1, 1, 1, 1),
+        "tune": (1, 1, 1, 1),
+    }
+    (carried,) = [name for name in (first, second) if told.state(name).carried_by]
+    seconds = sum(told.state(name).seconds for name in (carried, carrier))
+    whose = told.state(carried).candidate.proposal.proposer
+    assert found[whose].seconds == seconds > told.state(carrier).seconds
+    assert found[whose].gain == told.state(carrier).gain
+
+
+def test_a_union_is_a_try_and_a_win_of_each_of_its_members_in_equal_parts() -> None:
+    told = ready()
+    names = [told.candidate(proposer=proposer) for proposer in ("tune", "chat", "inbox")]
+    told.promise(*names)
+    told.confirm(*names)
+    told.move()
+    first = told.lane.champion
+    union = told.carry()
+    assert len(told.state(union).candidate.proposal.carries) == 2
+    told.win(union, than=0.7)
+    gain = told.state(union).gain
+    assert gain is not None
+    members = {told.state(name).candidate.proposal.proposer for name in names if name != first}
+    found = {one.proposer: one.total for one in tally.proposers(told.study)}
+    for proposer in members:
+        assert (found[proposer].tried, found[proposer].confirmed) == (1, 1)
+        assert found[proposer].gain == pytest.approx(gain / 2)
+
+
+def test_what_is_counted_with_the_events_is_what_a_recount_finds(study: Study) -> None:
+    raced = {run.trial.candidate for run in study.trials.values() if run.trial.purpose is Purpose.RACE}
+    bases = {lane.base for lane in study.lanes.values()}
+    screened, confirmed = Counter[str](), Counter[str]()
+    seconds: dict[str, float] = defaultdict(float)
+    for name, state in study.candidates.items():
+        proposal = state.candidate.proposal
+        roots = [root.proposer for root in study.roots(proposal)]
+        for root in roots:
+            seconds[root] += state.seconds / len(roots)
+        if name in bases or proposal.carries:
+            continue
+        chain = list(tally.chain(study, state))
+        promising = (one.verdict in (Verdict.KEEP, Verdict.RETEST) or one.id in raced for one in chain)
+        screened[proposal.proposer] += any(promising)
+        confirmed[proposal.proposer] += any(one.ratchet_commit is not None for one in chain)
+    for one in tally.proposers(study):
+        assert one.total.screened == screened[one.proposer]
+        assert one.total.confirmed == confirmed[one.proposer]
+        assert one.total.seconds == pytest.approx(seconds[one.proposer])
+
+
+def ended(tried: int, wins: int, *, gain: float = 0.01, hours: float = 1.0) -> Yield:
+    return Yield(
+        tried=tried,
+        confirmed=wins,
+        gain=wins * gain,
+        gain_squares=wins * gain**2,
+        seconds=3600 * hours,
+        proposals=tried,
+    )
+
+
+def test_a_model_pays_or_not_when_both_have_enough_tries_and_the_interval_leaves_zero_out() -> None:
+    # six wins of 0.01 against none in an hour each: se = √(6 + 1 + 1) · 0.01 = 0.0283, and 1.645 · 0.0283 < 0.06
+    found = yields.compare(ended(8, 0), ended(40, 6))
+    assert (found.worth, found.ours) == (Worth.DOES_NOT_PAY, 0.0)
+    assert (found.theirs, found.se) == (pytest.approx(0.06), pytest.approx(0.01 * 8**0.5))
+    assert yields.compare(ended(40, 6), ended(8, 0)).worth is Worth.PAYS
+    assert yields.compare(ended(7, 0), ended(40, 6)).worth is Worth.TOO_EARLY  # too few tries
+    assert yields.compare(ended(8, 0), ended(40, 3)).worth is Worth.TOO_EARLY  # within chance
+    assert yields.compare(ended(8, 0), ended(40, 0)) == yields.Comparison(Worth.TOO_EARLY, 0.0, 0.0, None)
+    assert yields.compare(ended(8, 0, hours=0), ended(40, 6)).worth is Worth.TOO_EARLY
+
+
+def test_equal_proposers_are_rarely_told_apart_and_unequal_ones_are() -> None:
+    draw = random.Random(3)
+
+    def searched(rate: float, tries: int) -> Yield:
+        found = Yield(tried=tries, seconds=400.0 * tries)
+        for _ in range(tries):
+            if draw.random() < rate:
+                found.win(draw.expovariate(1 / 0.002))
+        return found
+
+    def told_apart(ours: float, theirs: float) -> float:
+        verdicts = [yields.compare(searched(ours, 60), searched(theirs, 150)).worth for _ in range(400)]
+        return sum(one is not Worth.TOO_EARLY for one in verdicts) / len(verdicts)
+
+    assert told_apart(0.1, 0.1) < 0.1
+    assert told_apart(0.0, 0.15) > 0.8
+
+
+def test_the_verdict_on_a_model_is_one_sentence_of_its_profile() -> None:
+    told = ready()
+    told.lane.yields[Author("chat", "m", Operator.DRAFT)] = ended(12, 0)
+    told.lane.yields[Author("tune", "", Operator.TUNE)] = ended(40, 6)
+    found = report.status(told.study, name="s", metric="val_bpb", now=told.at, running=False)
+    assert report.status_text(found).splitlines()[-1] == (
+        "cpu: chat (m): does not pay for itself against tune: 0.00000 confirmed gain a slot-hour against 0.06000, "
+        "difference ± 0.04653 (90 %); 12 and 40 ideas judged"
+    )
+
+
+def test_nobody_is_compared_where_tune_had_no_idea_or_there_is_no_model(study: Study) -> None:
+    assert not tally.models(study)
+    told = ready()
+    told.candidate(proposer="chat", model="m")
+    assert not tally.models(told.study)
 
 
 def test_the_summary_of_a_maximised_metric_speaks_of_better_and_not_of_lower() -> None:

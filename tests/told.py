@@ -154,11 +154,14 @@ class Told:
         carries: tuple[str, ...] = (),
         proposer: str = "tune",
         operator: Operator = Operator.TUNE,
+        hypothesis: str = "an idea",
+        **about: Any,
     ) -> str:
         """Writes a proposal on the champion, on the candidate `on` or on the commit `base`."""
         name = candidate_id(self.study.proposals + 1)
         base = base or (commit_of(on) if on else self.study.lane(slug).champion_commit)
-        self.add(Proposed(Proposal(name, slug, base, "a patch", operator, "an idea", proposer, carries=carries)))
+        proposal = Proposal(name, slug, base, "a patch", operator, hypothesis, proposer, carries=carries, **about)
+        self.add(Proposed(proposal))
         return name
 
     def candidate(self, *, size: int = 0, **options: Any) -> str:

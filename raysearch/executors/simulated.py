@@ -307,6 +307,7 @@ class VirtualAsker:
 
     def __init__(self, proposer: Proposer, clock: VirtualClock, *, latency_s: float = 0.0, seed: int = 0) -> None:
         self.name = proposer.name
+        self.wants_brief = proposer.wants_brief
         self._proposer = proposer
         self._clock = clock
         self._latency_s = latency_s

@@ -49,6 +49,7 @@ class Request:
         sources: `Idea.source` of all that was proposed on this profile, so that nothing is made twice.
         directions: What the human wants of every proposer; what breaks them is refused.
         brief: What is known of the study, for proposers that set `wants_brief`; else None.
+        task: What the program has to do and what it gets, for those who write programs.
     """
 
     profile: str
@@ -63,6 +64,7 @@ class Request:
     sources: Set[str] = frozenset()
     directions: Directions = field(default_factory=Directions)
     brief: Brief | None = None
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,14 @@ class Told:
 
     Attributes:
         value: The metric, None unless measured.
+        trial: Id of the run; one that is told again replaces what was told before.
     """
 
     profile: str
     files: Mapping[str, str]
     outcome: Outcome
     value: float | None
+    trial: str = ""
 
 
 class SpentUp(Exception):

@@ -1,0 +1,97 @@
+"""A program in fewer lines: the longest function bodies are left out, and every line that is shown is as it was. Pure.
+
+It changes no program; what it gives is to be read, and the lines that it shows can be searched for in the original.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from raysearch.errors import UserError
+from raysearch.knobs import source_lines, syntax_tree
+
+WHOLE = ("train",)  # functions of the module that are shown in full
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The lines of a function behind its head and docstring, from 0; `last` is one past the end."""
+
+    path: str
+    first: int
+    last: int
+    note: str
+    saved: int
+
+
+def shorter(files: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The files as they are, then with the longest function body left out, then with the two longest, and so on.
+
+    A body is replaced by a comment that says how many lines are missing. Constants, heads, docstrings and `train` stay;
+    a file that is no Python stays whole.
+    """
+    shown = dict(files)
+    yield shown
+    left_out: dict[str, list[_Body]] = {}
+    bodies = [body for path, source in files.items() for body in _bodies(path, source)]
+    for body in sorted(bodies, key=lambda body: (-body.saved, body.path, body.first)):
+        others = left_out.setdefault(body.path, [])
+        if any(other.first <= body.first < other.last for other in others):
+            continue  # a function within one that is left out already: that one is longer
+        others.append(body)
+        shown = {**shown, body.path: _without(files[body.path], others)}
+        yield shown
+
+
+def note(lines: int) -> str:
+    """The comment that stands for lines which are not shown."""
+    return f"# [{lines} lines are left out here]"
+
+
+def _bodies(path: str, source: str) -> Iterator[_Body]:
+    if not path.endswith(".py"):
+        return
+    try:
+        tree = syntax_tree(source, path=path)
+    except UserError:
+        return
+    lines = source_lines(source)
+    for node in _functions(tree):
+        statements = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+        if not statements:
+            continue
+        first, last = _start(statements[0]) - 1, node.end_lineno or node.lineno
+        head = lines[first].encode()[: statements[0].col_offset] if first + 1 == statements[0].lineno else b""
+        if head.strip() or first < node.lineno:
+            continue  # on the line of something that is shown
+        indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+        end = lines[last - 1][len(lines[last - 1].rstrip("\r\n")) :]
+        text = f"{indent}{note(last - first)}{end}"
+        saved = sum(len(line.encode("utf-8", "surrogatepass")) for line in lines[first:last]) - len(text)
+        if saved > 0:
+            yield _Body(path, first, last, text, saved)
+
+
+def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions and methods, without those that are shown whole and what is in them."""
+    waiting: list[ast.AST] = [node for node in tree.body if getattr(node, "name", None) not in WHOLE]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def _start(node: ast.stmt) -> int:
+    """The first line of a statement, decorators included."""
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(one.lineno for one in decorators)])
+
+
+def _without(source: str, bodies: list[_Body]) -> str:
+    lines = source_lines(source)
+    for body in sorted(bodies, key=lambda body: -body.first):
+        lines[body.first : body.last] = [body.note]
+    return "".join(lines)
