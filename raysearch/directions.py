@@ -331,6 +331,20 @@ def in_force(texts: Mapping[str, str], preset: str) -> Directions:
     return _in_force(*((name, texts[name]) for name in names if name in texts))
 
 
+def check(texts: Mapping[str, str]) -> None:
+    """Sees that files of directions are valid, and that none contradicts the one for all profiles.
+
+    Args:
+        texts: By file name.
+
+    Raises:
+        UserError: One is not.
+    """
+    general = [(GENERAL, texts[GENERAL])] if GENERAL in texts else []
+    for name, text in texts.items():
+        _in_force(*general, *([] if name == GENERAL else [(name, text)]))
+
+
 @lru_cache(maxsize=64)
 def _in_force(*texts: tuple[str, str]) -> Directions:
     return merged(*(parse(text, where=name) for name, text in texts))

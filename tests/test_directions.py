@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch import objective
 from raysearch.directions import (
     Directions,
     Limits,
