@@ -161,6 +161,7 @@ class Coordinator:
         self._recover()
         self._record(SessionStarted(platform.node(), os.getpid(), __version__))
         self._direct(directed)
+        self._obey()
         self._teach()
         try:
             return self._end(self._loop())
@@ -312,12 +313,13 @@ class Coordinator:
 
     def _against(self, proposal: Proposal, files: Mapping[str, str]) -> str | None:
         """Which of the human's directions a proposal breaks; what was confirmed before they came stays a win."""
+        wanted = self._study.directions(self._study.lane(proposal.profile))
         carried = [self._study.candidate(name) for name in proposal.carries]
-        if carried and all(state.verdict is Verdict.KEEP for state in carried):
+        if not wanted.bars or (carried and all(state.verdict is Verdict.KEEP for state in carried)):
             return None
         is_own = all(inbox.is_from(root.source) for root in self._study.roots(proposal))
         return directions.refusal(
-            self._study.directions(self._study.lane(proposal.profile)),
+            wanted,
             before=self._files(proposal.base),
             after=files,
             operator=None if is_own else proposal.operator,
@@ -556,12 +558,16 @@ class Coordinator:
         for note in notes:
             self._console.note(note)
         self._direct(changed)
+        if changed:
+            self._obey()
 
     def _direct(self, texts: Mapping[str, str]) -> None:
-        """Lets directions be in force from now on: what waits for its first run against them is dropped."""
         for file, text in texts.items():
             self._record(Directed(file, text))
-        for slug, lane in self._study.lanes.items() if texts else ():
+
+    def _obey(self) -> None:
+        """Drops what waits for its first run and is against the directions, and ends the pauses of who is asked."""
+        for slug, lane in self._study.lanes.items():
             self._say_unknown_names(lane)
             for name in list(lane.line):
                 candidate = self._study.candidate(name).candidate

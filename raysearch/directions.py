@@ -118,6 +118,11 @@ class Directions:
     budget: Limits = field(default_factory=Limits)
     where: str = "the directions"
 
+    @property
+    def bars(self) -> bool:
+        """Whether there is any change that is refused."""
+        return bool(self.frozen or self.ranges or self.forbidden)
+
     def narrowed(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
         """The knobs that may be moved, each with the part of its range that it may be moved to.
 

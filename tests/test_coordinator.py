@@ -454,12 +454,23 @@ def test_a_forbidden_operator_is_refused_but_for_a_persons_own_patch(tmp_path: P
     assert toy.study.candidates[win.candidate].candidate.proposal.hypothesis == "fast"
 
 
-def test_what_waits_for_its_first_run_against_new_directions_is_dropped(tmp_path: Path):
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed in between"])
+def test_what_waits_for_its_first_run_against_new_directions_is_dropped(tmp_path: Path, killed: bool):
+    class KilledAfterDirected(Journal):
+        def append(self, event: Event, *, seq: int, at: float) -> Record:
+            record = super().append(event, seq=seq, at=at)
+            if isinstance(event, Directed):
+                raise Killed
+            return record
+
     def freeze(toy: Toy) -> None:
         if len(toy.study.candidates) == 4 and not toy.study.directed:
             direct(toy, "frozen = ['LR', 'DEPTH', 'MODE']")
 
     toy = new_toy(tmp_path, None, hardware=(cpu(),), proposer=AllAtOnce())
+    if killed:
+        with pytest.raises(Killed):
+            toy.drive(trials=3, meanwhile=freeze, journal_type=KilledAfterDirected)
     toy.drive(trials=3, meanwhile=freeze)
     dropped = [state for state in toy.study.candidates.values() if state.reason.startswith("against program.md")]
     assert dropped

@@ -1,12 +1,16 @@
 """The human's directions: what a text asks for, several texts together, and whether a change breaks them."""
 
 import math
+import tomllib
 from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raysearch import objective, programs
 from raysearch.directions import (
     Directions,
     Limits,
@@ -21,6 +25,7 @@ from raysearch.directions import (
 from raysearch.errors import UserError
 from raysearch.knobs import Value, read_knobs, rewrite
 from raysearch.model import Operator
+from raysearch.programs import Programs
 
 TEXT = """\
 # What I want
@@ -346,3 +351,89 @@ def test_a_knob_is_narrowed_and_keeps_its_kind():
 )
 def test_a_knob_that_may_have_no_value_is_not_moved(block: str):
     assert "DEPTH" not in wanted(block).narrowed(read_knobs(PROGRAM))
+
+
+# ---- the files that come along ----
+
+ROOT = Path(__file__).parent.parent
+TRAIN = (ROOT / "trainer" / "train.py").read_text()
+
+
+def test_the_general_file_asks_for_nothing_by_its_block_and_shows_one_that_is_valid():
+    found = parse(programs.general(), where="program.md")
+    assert described(found) == "prose alone"
+    assert "# Directions" in found.prose
+    shown = "\n".join(line.removeprefix("# ") for line in programs.general().partition("```raysearch\n")[2].split("\n"))
+    assert unknown_names(parse(f"```raysearch\n{shown}", where="program.md"), {"train.py": TRAIN}) == []
+    assert (ROOT / "program.md").read_text() == programs.general()
+
+
+@pytest.mark.parametrize("preset", sorted(objective.load_presets()))
+def test_every_preset_has_directions_that_name_knobs_and_leave_its_start_room(preset: str):
+    text = objective.preset_directions(preset)
+    assert text is not None
+    found = in_force({"program.md": programs.general(), f"program-{preset}.md": text}, preset)
+    assert len(found.prose.splitlines()) > 60
+    start = read_knobs(objective.base_program(TRAIN, objective.load_presets()[preset]))
+    assert found.frozen | found.ranges.keys() <= start.keys()
+    for name, knob in found.narrowed(start).items():
+        assert knob.allows(start[name].value), name
+        assert knob.choices or (knob.low or 0) < (knob.high or 0)
+    assert found.narrowed(start).keys() == start.keys() - found.frozen
+
+
+def test_the_files_are_installed():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert any(fnmatch("program.md", pattern) for pattern in data["raysearch"])
+    assert any(fnmatch("presets/cpu.md", pattern) for pattern in data["trainer"])
+
+
+# ---- the files of a study ----
+
+
+def block(text: str) -> str:
+    return f"```raysearch\n{text}\n```\n"
+
+
+def test_two_files_that_are_valid_only_together_are_taken_together(tmp_path: Path):
+    files = Programs(tmp_path, ["cpu"])
+    known = {"program.md": block("ranges.DEPTH = [1, 4]"), "program-cpu.md": block("ranges.DEPTH = [2, 4]")}
+    for name, text in known.items():
+        programs.put(tmp_path / name, text.replace("4]", "9]").replace("[1", "[6").replace("[2", "[7"))
+    taken, notes = files.news(known)
+    assert (sorted(taken), notes) == (["program-cpu.md", "program.md"], [])
+    programs.put(tmp_path / "program-cpu.md", block("frozn = 1"))
+    taken, notes = files.news(known)
+    assert (taken, len(notes)) == ({}, 2)  # the other one alone contradicts what is in force
+    assert files.news(known) == ({}, [])
+    programs.put(tmp_path / "program.md", block("ranges.DEPTH = [3, 5]"))
+    taken, notes = files.news(known)
+    assert (list(taken), notes) == (["program.md"], [])
+
+
+def test_a_file_that_is_gone_or_no_text_changes_nothing_and_is_said_once(tmp_path: Path):
+    files, known = Programs(tmp_path, ["cpu"]), {"program.md": "Be bold."}
+    assert files.news({}) == ({}, [])
+    (taken, (note,)) = files.news(known)
+    assert taken == {}
+    assert note.startswith("program.md is gone; empty it")
+    assert files.news(known) == ({}, [])
+    (tmp_path / "program.md").write_bytes(b"\xff\xfe")
+    (taken, (note,)) = files.news(known)
+    assert "must be a text file in UTF-8" in note
+    assert files.news(known) == ({}, [])
+    with pytest.raises(UserError, match="must be a text file in UTF-8"):
+        files.begin(known)
+    programs.put(tmp_path / "program.md", "")
+    assert files.news(known) == ({"program.md": ""}, [])
+
+
+def test_the_file_of_a_preset_is_written_once_and_a_persons_own_is_left(tmp_path: Path):
+    files = Programs(tmp_path, ["cpu", "h100"])
+    (tmp_path / "program-cpu.md").write_text("Mine.")
+    (tmp_path / "program-other.md").write_text(block("frozn = 1"))  # of no preset
+    files.add("cpu", "Theirs.")
+    files.add("h100", None)
+    assert files.news({})[0] == {"program-cpu.md": "Mine."}
+    files.add("h100", "Theirs.")
+    assert files.begin({}) == {"program-cpu.md": "Mine.", "program-h100.md": "Theirs."}

@@ -369,6 +369,18 @@ def test_what_directions_barred_is_proposed_once_they_are_lifted(make: Make):
 # ---- the contract of every searcher ----
 
 
+def test_programs_are_told_apart_when_directions_leave_another_knob(searcher: str):
+    source = "A = 1  # in [1, 2]: a\nB = 1  # in [1, 2]: b\n"
+    proposer, known = TuneProposer(searcher=searcher), set[str]()
+    for frozen, moved in (("A", "B"), ("B", "A")):
+        directions = Directions(frozen=frozenset({frozen}))
+        asked = Request("cpu", "b", {"train.py": source}, 1, frozenset(known), MINIMIZE, directions=directions)
+        (idea,) = ideas_of(proposer, asked)
+        program = patched(source, idea.patch)
+        assert values_of(program) == {frozen: 1, moved: 2}
+        known.add(fingerprint({"train.py": program}))
+
+
 @pytest.mark.parametrize(
     "block",
     [
