@@ -21,8 +21,11 @@ from rich.table import Table
 from rich.text import Text
 
 from raysearch import schedule, tally
+from raysearch.directions import described, parse
+from raysearch.errors import UserError
 from raysearch.health import THROTTLED_SHARE, is_throttled
 from raysearch.model import (
+    Directed,
     Dropped,
     Judged,
     Measurement,
@@ -221,6 +224,8 @@ def told(study: Study, record: Record, metric: str) -> str:
             line = f"session ended: {reason}"
         case ProfileAdded(profile, commit):
             line = f"profile {profile.slug}: {profile.hardware}, {profile.budget} a trial, starts at {commit[:7]}"
+        case Directed(file, text):
+            line = f"directions, {file}: {_directions(file, text)}"
         case Refused(proposal_id, reason):
             proposal = next((one for one, _ in reversed(study.refused) if one.id == proposal_id), None)
             line = f"refused {proposal_id}: {reason}" + (f": {proposal.hypothesis}" if proposal else "")
@@ -243,6 +248,13 @@ def told(study: Study, record: Record, metric: str) -> str:
         case _:
             pass
     return line
+
+
+def _directions(file: str, text: str) -> str:
+    try:
+        return described(parse(text, where=file))
+    except UserError as error:  # another version's
+        return str(error)
 
 
 def _about(study: Study, trial: Trial) -> str:

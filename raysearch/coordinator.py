@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raysearch import __version__, duplicates, objective, plan
+from raysearch import __version__, directions, duplicates, objective, plan
 from raysearch.asker import Asking
 from raysearch.brief import brief
 from raysearch.config import StudyConfig, write_config
@@ -26,6 +26,7 @@ from raysearch.folder import Folder
 from raysearch.journal import Journal
 from raysearch.knobs import fingerprint, size
 from raysearch.model import (
+    Directed,
     Dropped,
     Event,
     Judged,
@@ -51,6 +52,7 @@ from raysearch.objective import Budget
 from raysearch.patches import Conflict, Empty, PatchError
 from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.profile import base_slug, same_profile, with_slug
+from raysearch.programs import Programs
 from raysearch.proposers import Idea, NoIdea, Request, Step, Told, inbox
 from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec, read_result
@@ -60,7 +62,7 @@ from raysearch.task import task
 
 POLL_S = 0.25
 POLL_WHILE_ASKING_S = 0.02
-INBOX_EVERY_S = 1.0
+INBOX_EVERY_S = 1.0  # and the human's directions
 SUBJECT_LENGTH = 72
 STEPS = 30  # of other ratchets, the latest ones, that a proposer is shown
 PROGRAMS = 500  # whose texts are kept at hand
@@ -126,6 +128,7 @@ class Coordinator:
         self._clock = clock
         self._tuned = objective.tuned_file(self._objective.editable)
         self._presets = objective.load_presets() if self._objective.has_presets else {}
+        self._programs = Programs(folder.path, self._presets)
         self._slots: dict[str, SlotInfo] = {}
         self._profile_of: dict[str, str] = {}  # slot id -> profile slug
         self._progress: dict[str, SlotProgress] = {}
@@ -133,6 +136,7 @@ class Coordinator:
         self._failed_slots: list[str] = []
         self._places: list[Slot] | None = None  # made anew when a slot joins or leaves
         self._inbox_at = 0.0
+        self._said_names: set[str] = set()  # what the directions name that is not there
         self._texts: OrderedDict[str, Mapping[str, str]] = OrderedDict()
         self._known: dict[str, duplicates.Known] = {}
         self._draining = False
@@ -152,10 +156,14 @@ class Coordinator:
         """Works until nothing is left to do; returns why it ended.
 
         Raises:
-            UserError: No slot can be used, or the study's folder can no longer be written.
+            UserError: No slot can be used, the study's folder can no longer be written, or its directions are not
+                valid.
         """
+        directed = self._programs.begin(self._study.directed)
         self._recover()
         self._record(SessionStarted(platform.node(), os.getpid(), __version__))
+        self._direct(directed)
+        self._obey()
         self._teach()
         try:
             return self._end(self._loop())
@@ -188,7 +196,12 @@ class Coordinator:
             for profile, count in asker.outstanding().items()
         }
         commands = next_commands(
-            self._study, self._slots_by_profile(), asking=asking, accepting=accepting, draining=self._draining
+            self._study,
+            self._slots_by_profile(),
+            asking=asking,
+            accepting=accepting,
+            late=self._late(),
+            draining=self._draining,
         )
         if not commands and self._out_of_ideas():
             return [Finish("no proposer has anything new to try")]
@@ -199,7 +212,13 @@ class Coordinator:
     def _out_of_ideas(self) -> bool:
         served = {self._profile_of[slot_id] for slot_id in self._slots}
         fruitless = {(slug, name): asker.fruitless(slug) for slug in served for name, asker in self._askers.items()}
-        return plan.is_out_of_ideas(self._study, served, fruitless)
+        return plan.is_out_of_ideas(self._study, served, fruitless, late=self._late())
+
+    def _late(self) -> set[str]:
+        """Profiles for which this session has had the hours that their directions give it."""
+        hours = (self._clock() - self._study.sessions[-1].at) / 3600
+        limits = {slug: self._study.directions(lane).budget.hours for slug, lane in self._study.lanes.items()}
+        return {slug for slug, limit in limits.items() if limit is not None and hours >= limit}
 
     def _wait(self, timeout_s: float) -> None:
         for report in self._executor.poll(timeout_s):
@@ -208,6 +227,7 @@ class Coordinator:
             self._take_answers(name, asker)
         if self._clock() - self._inbox_at >= INBOX_EVERY_S:
             self._inbox_at = self._clock()
+            self._take_directions()
             self._take_inbox()
         slots = self._slots_by_profile()
         self._console.refresh(self._clock(), slots=slots, progress=self._progress, draining=self._draining)
@@ -272,10 +292,14 @@ class Coordinator:
             )
             files = self._repo.files(commit, editable)
             objective.check_program(files, self._objective)
+            against = self._against(proposal, files)
         except GitError:
             raise  # the repository, not the patch
         except (PatchError, UserError) as error:
             self._record(Refused(proposal.id, str(error)))
+            return
+        if against is not None:
+            self._record(Refused(proposal.id, against))
             return
         digest = fingerprint(files)
         same = lane.fingerprints.get(digest)
@@ -288,6 +312,20 @@ class Coordinator:
             return
         self._repo.keep(proposal.id, commit)
         self._record(Materialised(proposal.id, commit, digest, size(files)))
+
+    def _against(self, proposal: Proposal, files: Mapping[str, str]) -> str | None:
+        """Which of the human's directions a proposal breaks; what was confirmed before they came stays a win."""
+        wanted = self._study.directions(self._study.lane(proposal.profile))
+        carried = [self._study.candidate(name) for name in proposal.carries]
+        if not wanted.bars or (carried and all(state.verdict is Verdict.KEEP for state in carried)):
+            return None
+        is_own = all(inbox.is_from(root.source) for root in self._study.roots(proposal))
+        return directions.refusal(
+            wanted,
+            before=self._files(proposal.base),
+            after=files,
+            operator=None if is_own else proposal.operator,
+        )
 
     def _near(self, lane: Lane, proposal: Proposal, files: Mapping[str, str]) -> str | None:
         """A candidate, run or in line, whose knobs are all but equal; else the program is remembered."""
@@ -455,6 +493,7 @@ class Coordinator:
                 sources=frozenset(lane.sources),
                 brief=brief(self._study, command.profile) if asker.wants_brief else None,
                 task=task(self._objective, budget=lane.profile.budget),
+                directions=self._study.directions(lane),
             )
         )
 
@@ -517,6 +556,38 @@ class Coordinator:
                 proposal_s=round(seconds, 3),
             )
         )
+
+    def _take_directions(self) -> None:
+        changed, notes = self._programs.news(self._study.directed)
+        for note in notes:
+            self._console.note(note)
+        self._direct(changed)
+        if changed:
+            self._obey()
+
+    def _direct(self, texts: Mapping[str, str]) -> None:
+        for file, text in texts.items():
+            self._record(Directed(file, text))
+
+    def _obey(self) -> None:
+        """Drops what waits for its first run and is against the directions, and ends the pauses of who is asked."""
+        for slug, lane in self._study.lanes.items():
+            self._say_unknown_names(lane)
+            for name in list(lane.line):
+                candidate = self._study.candidate(name).candidate
+                against = self._against(candidate.proposal, self._files(candidate.commit))
+                if against is not None:
+                    self._drop(name, against)
+            for asker in self._askers.values():
+                asker.retry(slug)
+
+    def _say_unknown_names(self, lane: Lane) -> None:
+        wanted = self._study.directions(lane)
+        names = directions.unknown_names(wanted, self._files(lane.champion_commit))
+        said = f"{', '.join(names)}, which the program of {lane.profile.slug} does not set"
+        if names and said not in self._said_names:
+            self._said_names.add(said)
+            self._console.note(f"{wanted.where}: the directions name {said}; mend the name, or leave it out")
 
     def _take_inbox(self) -> None:
         items, bad = inbox.waiting(self._folder.inbox)
@@ -615,6 +686,10 @@ class Coordinator:
             commit = self._repo.commit_files(base, files, message=message, at=started)
         self._repo.start(profile.slug, commit)
         self._record(ProfileAdded(profile, commit, fingerprint(files), size(files)))
+        if preset is not None:
+            self._programs.add(preset.name, objective.preset_directions(preset.name))
+        self._take_directions()
+        self._say_unknown_names(self._study.lanes[profile.slug])
 
     def _ended(self, trial_id: str, attempt: int, result: RunResult) -> None:
         state = self._study.running.get(trial_id)

@@ -154,6 +154,12 @@ def load_presets(folder: Path | None = None) -> dict[str, Preset]:
     return {path.stem: _preset(path) for path in sorted(folder.glob("*.toml"))}
 
 
+def preset_directions(name: str) -> str | None:
+    """What is known of a preset's class of hardware, for whoever proposes; None where nothing was written."""
+    path = trainer_folder() / "presets" / f"{name}.md"
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
 def _preset(path: Path) -> Preset:
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text())

@@ -6,7 +6,7 @@ Which trial goes to which slot is `schedule`'s business; here are verdicts, move
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from raysearch import judge, schedule
@@ -105,7 +105,13 @@ Asking = Mapping[tuple[str, str], int]  # (profile, proposer) -> proposals that 
 
 
 def next_commands(
-    study: Study, slots: Sequence[Slot], *, asking: Asking, accepting: bool = True, draining: bool = False
+    study: Study,
+    slots: Sequence[Slot],
+    *,
+    asking: Asking,
+    accepting: bool = True,
+    late: Set[str] = frozenset(),
+    draining: bool = False,
 ) -> list[Command]:
     """What to do now.
 
@@ -114,6 +120,7 @@ def next_commands(
         slots: All slots that are there, busy ones included.
         asking: Proposals on their way; such a proposer is not asked again.
         accepting: False when no further proposal is wanted (a time limit has passed).
+        late: Profiles for which none is wanted: the time limit of their directions has passed.
         draining: Start nothing; finish when the runs in flight have.
 
     Returns:
@@ -142,9 +149,11 @@ def next_commands(
         return [*commands, carry]
     if accepting:
         for slug, lane in study.lanes.items():
+            if slug in late:
+                continue
             commands += _asks(study, lane, present.get(slug, 0), len(free.get(slug, ())), asking)
     if not commands and not study.running:
-        commands += _ending(study, [study.lanes[slug] for slug in present], asking, accepting)
+        commands += _ending(study, [study.lanes[slug] for slug in present], asking, late if accepting else set(present))
     return commands
 
 
@@ -358,7 +367,7 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
     if not present or lane.blocked or lane.refusals >= MOST_REFUSALS:
         return []
     lines = Counter(lane.line.values())
-    limit = study.settings.max_trials
+    limit = study.max_trials(lane)
     on_its_way = sum(count for (profile, _), count in asking.items() if profile == slug)
     left = None if limit is None else limit - lane.screens - on_its_way
     base: str | None = None
@@ -380,7 +389,8 @@ def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> 
 
 def _askable(study: Study, lane: Lane) -> Sequence[str]:
     """The proposers that are of use now: a ratchet of a few steps needs no tidying, unless nobody else is there."""
-    names = study.settings.proposers
+    forbidden = {operator.value for operator in study.directions(lane).forbidden}  # some are called by what they do
+    names = [name for name in study.settings.proposers if name not in forbidden] or study.settings.proposers
     if len(lane.wins) >= TIDY_AFTER:
         return names
     return [name for name in names if name not in TIDYING] or names
@@ -390,7 +400,7 @@ def _commit_of(lane: Lane, head: CandidateState) -> str:
     return lane.champion_commit if head.id == lane.champion else head.candidate.commit
 
 
-def _ending(study: Study, served: Sequence[Lane], asking: Asking, accepting: bool) -> list[Command]:
+def _ending(study: Study, served: Sequence[Lane], asking: Asking, late: Set[str]) -> list[Command]:
     """Whether the search is over, as far as the profiles that have slots go."""
     slugs = {lane.profile.slug for lane in served}
     asked = any(count for (slug, _), count in asking.items() if slug in slugs)
@@ -398,12 +408,14 @@ def _ending(study: Study, served: Sequence[Lane], asking: Asking, accepting: boo
         return []
     if all(lane.blocked for lane in served):
         return [Finish("; ".join(f"{lane.profile.slug} is blocked, {lane.blocked}" for lane in served))]
-    if not accepting:
+    if slugs <= late:
         return [Finish("the time limit has passed")]
-    if all(_is_full(study, lane) or lane.blocked for lane in served):
-        return [Finish(f"all {study.settings.max_trials} trials are done")]
+    over = [lane for lane in served if lane.blocked or lane.profile.slug in late or _is_full(study, lane)]
+    if len(over) == len(served):
+        limit = next((study.max_trials(lane) for lane in served if _is_full(study, lane)), None)
+        return [Finish("the time limit has passed" if limit is None else f"all {limit} trials are done")]
     stuck = [lane for lane in served if lane.refusals >= MOST_REFUSALS]
-    if stuck and all(lane in stuck or lane.blocked or _is_full(study, lane) for lane in served):
+    if stuck and all(lane in stuck or lane in over for lane in served):
         slug = stuck[0].profile.slug
         reason = next(reason for proposal, reason in reversed(study.refused) if proposal.profile == slug)
         return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
@@ -412,27 +424,34 @@ def _ending(study: Study, served: Sequence[Lane], asking: Asking, accepting: boo
 
 def _is_full(study: Study, lane: Lane) -> bool:
     """Whether a profile has as many proposals as there may be."""
-    limit = study.settings.max_trials
+    limit = study.max_trials(lane)
     return limit is not None and lane.screens >= limit
 
 
-def is_out_of_ideas(study: Study, served: Iterable[str], fruitless: Mapping[tuple[str, str], int]) -> bool:
+def is_out_of_ideas(
+    study: Study, served: Iterable[str], fruitless: Mapping[tuple[str, str], int], *, late: Set[str] = frozenset()
+) -> bool:
     """Whether nothing is open and nobody who can be asked has an idea.
 
     Args:
         study: Its state.
         served: Profiles that have slots.
         fruitless: (profile, proposer) -> how many asks in a row have given nothing.
+        late: See `next_commands`.
     """
     lanes = [study.lanes[slug] for slug in served if not study.lanes[slug].blocked]
     if study.running or not lanes or any(lane.open for lane in lanes):
         return False
-    some = (
-        max if study.settings.max_trials else min
-    )  # what was left of a limit may all have been one proposer's to give
     return all(
         lane.refusals >= MOST_REFUSALS
+        or lane.profile.slug in late
         or _is_full(study, lane)
-        or some(fruitless.get((lane.profile.slug, name), 0) for name in _askable(study, lane)) >= NO_IDEAS_AFTER
+        or _has_no_ideas(study, lane, fruitless)
         for lane in lanes
     )
+
+
+def _has_no_ideas(study: Study, lane: Lane, fruitless: Mapping[tuple[str, str], int]) -> bool:
+    # what was left of a limit may all have been one proposer's to give
+    some = max if study.max_trials(lane) else min
+    return some(fruitless.get((lane.profile.slug, name), 0) for name in _askable(study, lane)) >= NO_IDEAS_AFTER

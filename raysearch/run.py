@@ -18,8 +18,9 @@ from typing import Any
 
 import click
 
-from raysearch import __version__, folder, objective, profile
+from raysearch import __version__, folder, objective, profile, programs
 from raysearch.config import StudyConfig
+from raysearch.directions import GENERAL, Directions, refusal
 from raysearch.errors import UserError
 from raysearch.folder import Folder
 from raysearch.journal import Journal
@@ -46,6 +47,9 @@ _STUDIES = click.option(
 @click.option("--dataset", help="climbmix, tinystories, files:DIR, python or sotu.  [default: by the preset]")
 @click.option(
     "--train-file", type=click.Path(path_type=Path), help="A base program of your own.  [default: the bundled]"
+)
+@click.option(
+    "--program", type=click.Path(path_type=Path), help="Your directions, a program.md.  [default: general ones]"
 )
 @click.option("--objective", "objective_file", type=click.Path(path_type=Path), help="TOML file of another objective.")
 @click.option("--budget-s", type=float, help="Training seconds of a trial.  [default: by the preset]")
@@ -131,7 +135,8 @@ def propose(
     repo, task = Ratchet.open(place.repo), config.to_objective()
     for slug in wanted:
         text = _patch_text(patch, commit, repo, task, state.lanes[slug].champion_commit)
-        _check_patch(text, repo, task, state.lanes[slug].champion_commit, slug)
+        wishes = state.directions(state.lanes[slug])
+        _check_patch(text, repo, task, state.lanes[slug].champion_commit, slug=slug, directions=wishes)
         target = inbox.drop(place.inbox, patch=text, why=why, by=by, profiles=[slug], at=time.time())
         click.echo(str(target))
     note = "the study takes it now" if driven else f"it is taken when the study runs: raysearch --study {place.name}"
@@ -156,13 +161,19 @@ def _patch_text(patch: Path | None, commit: str | None, repo: Ratchet, task: Obj
     return text
 
 
-def _check_patch(text: str, repo: Ratchet, task: Objective, champion: str, slug: str) -> None:
+def _check_patch(
+    text: str, repo: Ratchet, task: Objective, champion: str, *, slug: str, directions: Directions
+) -> None:
     """Says at once what the study would refuse later."""
     try:
         commit = repo.commit_patch(champion, text, editable=task.editable, message="checked\n", at=0.0)
     except PatchError as error:
         raise UserError(f"it does not fit the champion of {slug}: {error}") from None
-    objective.check_program(repo.files(commit, task.editable), task)
+    files = repo.files(commit, task.editable)
+    objective.check_program(files, task)
+    against = refusal(directions, before=repo.files(champion, task.editable), after=files, operator=None)
+    if against is not None:
+        raise UserError(f"it is {against}; change the patch, or that file in the study's folder")
 
 
 def _read(place: Folder) -> tuple[StudyConfig, Study, bool]:
@@ -188,6 +199,7 @@ def search(options: Mapping[str, Any]) -> int:
     _check_limits(options)
     place = folder.named_folder(options["name"], options["studies"])
     config, is_new = folder.configure(place, _chosen(options))
+    program = programs.given(options["program"]) if options["program"] else programs.general() if is_new else None
     folder.check_space(place)
     task = config.to_objective()
     if task.has_presets and config.preset != "auto":
@@ -204,7 +216,7 @@ def search(options: Mapping[str, Any]) -> int:
     seed = config.search.seed
     rest = (AblateProposer(seed=seed), SimplifyProposer(seed=seed), TransferProposer(), CombineProposer())
     chosen: list[Proposer] = [one for one in (tune, *rest) if one.name in config.search.proposers]
-    return _drive(place, config, options, chosen)
+    return _drive(place, config, options, chosen, program=program)
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,12 +305,23 @@ def _prepare_here(config: StudyConfig, files: Mapping[str, str] | None) -> Study
     return config.model_copy(update={"datasets": datasets})
 
 
-def _drive(place: Folder, config: StudyConfig, options: Mapping[str, Any], proposers: Sequence[Proposer]) -> int:
+def _drive(
+    place: Folder,
+    config: StudyConfig,
+    options: Mapping[str, Any],
+    proposers: Sequence[Proposer],
+    *,
+    program: str | None,
+) -> int:
     journal = Journal(place.journal, writer=True)
     try:
         study = folder.replay(config, journal, max_trials=options["trials"])
         repo = Ratchet.open(place.repo)
         folder.check_ratchets(study, repo, place)
+        if program is not None:
+            programs.put(place.path / GENERAL, program)
+        presets = objective.load_presets() if config.to_objective().has_presets else ()
+        programs.Programs(place.path, presets).begin(study.directed)  # says now what the coordinator would say later
         return _coordinate(place, config, options, proposers, journal=journal, study=study, repo=repo)
     finally:
         journal.close()

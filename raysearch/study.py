@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from raysearch import bandit, judge, yields
 from raysearch.bandit import Arm, Tally
+from raysearch.directions import Directions, in_force
 from raysearch.futility import Futility
 from raysearch.health import Health, Heat
 from raysearch.model import (
@@ -281,7 +282,7 @@ class Study:
             case Dropped() as event:
                 self._drop(event)
             case Directed() as event:
-                self.directed[event.file] = event.text
+                self._direct(event)
             case Materialised() as event:
                 self._materialise(event, record.at)
             case Judged() as event:
@@ -315,6 +316,11 @@ class Study:
         for lane in self.lanes.values():
             lane.refusals = 0
             lane.health = Health()
+
+    def _direct(self, event: Directed) -> None:
+        self.directed[event.file] = event.text
+        for lane in self.lanes.values():
+            lane.refusals = 0  # other proposals are wanted now
 
     def _add_profile(self, event: ProfileAdded, at: float) -> None:
         slug = event.profile.slug
@@ -406,6 +412,19 @@ class Study:
         lane.refusals = 0
         lane.fingerprints.setdefault(event.fingerprint, candidate.id)
         self._by_commit[f"{candidate.profile}:{event.commit}"] = candidate.id
+
+    def directions(self, lane: Lane) -> Directions:
+        """What the human wants of the proposals for a profile.
+
+        Raises:
+            UserError: A journalled text is not valid to this version.
+        """
+        return in_force(self.directed, lane.profile.preset)
+
+    def max_trials(self, lane: Lane) -> int | None:
+        """Proposals of a profile that may be tried, by the settings and by the directions; None for no limit."""
+        limits = (self.settings.max_trials, self.directions(lane).budget.trials)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def has_credit(self, state: CandidateState) -> bool:
         """Whether a change need not be screened again when it is carried.

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from toy import Toy
 
+from raysearch import folder as folders
+from raysearch import programs
 from raysearch.journal import Journal
 from raysearch.run import main
 
@@ -30,6 +32,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.py").write_text("def train(run):\n    return (\n")
     (tmp_path / "idle.py").write_text("DEPTH = 1\n")
     (tmp_path / "range.py").write_text("DEPTH = 9  # in [1, 4]: layers\ndef train(run): ...\n")
+    (tmp_path / "wrong.md").write_text("```raysearch\nforbidden = ['sing']\n```\n")
     (tmp_path / "studies/dirty").mkdir(parents=True)
     (tmp_path / "studies/dirty/notes.txt").write_text("mine")
 
@@ -58,6 +61,8 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (["--train-file", "nowhere.py"], "nowhere.py", "No such file", "needs this file"),
         (["--study", "dirty"], "notes.txt", "no study.toml", "take another"),
         (["--study", "a b"], "'a b'", "letters, digits", "take another"),
+        (["--program", "nowhere.md"], "nowhere.md", "no such file", "--program takes a text file"),
+        (["--program", "wrong.md"], "wrong.md: operator 'sing'", "known: draft", "mend it in forbidden"),
         (["--objective", "nowhere.toml"], "nowhere.toml", "No such file", "readable TOML"),
         (["--deviec", "cpu"], "--deviec", "No such option", ""),
         (["--device", "tpu"], "tpu", "'auto', 'cuda', 'cpu'", ""),
@@ -164,6 +169,18 @@ def test_ray_that_is_not_there_is_said_in_one_line(capfd: pytest.CaptureFixture[
     assert len(error.strip().splitlines()) == 1, error
 
 
+def test_a_study_has_the_directions_that_were_named_or_general_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    Path("mine.md").write_text("Be bold.")
+    there = tmp_path / "studies" / "s" / "program.md"
+    for options, text in (([], programs.general()), (["--program", "mine.md"], "Be bold."), ([], "Be bold.")):
+        said(capsys, "--objective", "objective.toml", "--study", "s", "--address", "127.0.0.1:1", *options)
+        assert there.read_text() == text
+    there.write_text("```raysearch\nfrozen = 1\n```\n")
+    code, error = said(capsys, "--study", "s", "--address", "127.0.0.1:1")
+    assert code == 2
+    assert error.startswith("raysearch: program.md: frozen = 1: it must be a list of names")
+
+
 def test_status_as_json_and_as_text(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     Toy(tmp_path / "studies" / "s").drive(trials=3)
     with pytest.raises(SystemExit):
@@ -192,6 +209,20 @@ def test_propose_says_at_once_what_does_not_fit(capsys: pytest.CaptureFixture[st
     assert code == 2
     assert "prepare.py" in error
     assert not toy.folder.inbox.exists()
+
+
+def test_propose_says_at_once_what_is_against_the_directions(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    toy = Toy(tmp_path / "studies" / "s")
+    folders.make(toy.folder, toy.config(), {"train.py": toy.program}, at=toy.clock())
+    (toy.path / "program.md").write_text("```raysearch\nfrozen = ['MODE']\nforbidden = ['draft']\n```")
+    toy.drive(trials=1)
+    champion = toy.repo().read(toy.study.lanes["cpu"].champion_commit, "train.py")
+    Path("train.py").write_text(champion.replace('MODE = "slow"', 'MODE = "fast"'))
+    code, error = said(capsys, "propose", "train.py", "--why", "fast", "--study", "s")
+    assert code == 2
+    assert "it is against program.md: MODE is frozen, and 'slow' became 'fast'; change the patch" in error
+    Path("train.py").write_text(champion.replace("return None", "return run"))
+    assert said(capsys, "propose", "train.py", "--why", "code", "--study", "s")[0] == 0
 
 
 def test_propose_takes_a_patch_a_whole_file_and_a_commit(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -3,14 +3,19 @@
 import random
 import re
 import subprocess
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import PROGRAM, SIGMA, Toy, audit, cpu, gpu, true_score
 
+from raysearch import folder as folders
+from raysearch import objective
+from raysearch.errors import UserError
 from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
-from raysearch.model import Event, Measurement, Operator, Outcome, Record, Verdict
+from raysearch.model import Directed, Event, Measurement, Operator, Outcome, Purpose, Record, Verdict
 from raysearch.patches import unified_diff
 from raysearch.proposers import Idea, Proposer, Request, Told, inbox
 from raysearch.runner import RunResult, RunSpec
@@ -318,6 +323,209 @@ def test_wins_on_an_old_champion_are_carried_onto_the_new_one_and_measured_there
     ]
     assert not lost
     audit(toy)
+
+
+# ---- the human's directions ----
+
+
+def direct(toy: Toy, block: str, *, file: str = "program.md") -> None:
+    toy.path.mkdir(parents=True, exist_ok=True)
+    (toy.path / file).write_text(f"Please.\n\n```raysearch\n{block}\n```\n")
+
+
+def directed(toy: Toy) -> list[tuple[int, str]]:
+    """Number and file of each change of the directions in the journal."""
+    with closing(Journal(toy.folder.journal, writer=False)) as journal:
+        return [(record.seq, record.event.file) for record in journal.read() if isinstance(record.event, Directed)]
+
+
+def new_toy(tmp_path: Path, block: str | None = None, **options: Any) -> Toy:
+    toy = Toy(tmp_path / "s", **options)
+    folders.make(toy.folder, toy.config(), {"train.py": toy.program}, at=toy.clock())
+    if block is not None:
+        direct(toy, block)
+    return toy
+
+
+def moved(toy: Toy, name: str) -> list[bool]:
+    """Whether each candidate that was proposed has another value of a knob than what it was built on, in order."""
+    found: list[bool] = []
+    for state in toy.study.candidates.values():
+        proposal = state.candidate.proposal
+        if proposal.patch and not proposal.carries:
+            before, after = (
+                read_knobs(toy.repo().read(commit, "train.py"))[name].value
+                for commit in (proposal.base, state.candidate.commit)
+            )
+            found.append(before != after)
+    return found
+
+
+def test_directions_that_change_during_a_study_are_journalled_and_followed(tmp_path: Path):
+    before: list[int] = []
+
+    def freeze(toy: Toy) -> None:
+        if not before and len(toy.study.candidates) > 12:
+            before.append(len(moved(toy, "LR")))
+            direct(toy, "frozen = ['LR']")
+
+    toy = new_toy(tmp_path, "")
+    toy.drive(trials=30, meanwhile=freeze)
+    assert [file for _, file in directed(toy)] == ["program.md", "program.md"]
+    assert any(moved(toy, "LR")[: before[0]])
+    late = 4  # those that were made before the second in which the change was seen
+    assert len(moved(toy, "LR")) > before[0] + late + 10
+    assert not any(moved(toy, "LR")[before[0] + late :])
+    assert toy.replayed().directed == toy.study.directed
+    assert "directions, program.md: LR frozen" in toy.said.getvalue()
+    audit(toy)
+
+
+def test_a_broken_file_keeps_the_directions_and_is_complained_of_once_a_version(tmp_path: Path):
+    steps = iter(["frozen = ['LR'", "frozen = ['LR'", "frozn = []", "frozen = ['DEPTH']"])
+
+    def rewrite_it(toy: Toy) -> None:
+        if toy.clock() > written[-1] + 30.0 and (text := next(steps, None)):
+            written.append(toy.clock())
+            direct(toy, text)
+
+    toy = new_toy(tmp_path, "frozen = ['LR']")
+    written = [toy.clock()]
+    toy.drive(trials=12, meanwhile=rewrite_it)
+    assert len(written) == 5
+    said = toy.said.getvalue()
+    assert said.count("must be TOML: mend that line; until then the directions stay as they are") == 1
+    assert said.count("key 'frozn' is not known") == 1
+    assert len(directed(toy)) == 2
+    assert toy.study.directions(toy.study.lanes["cpu"]).frozen == {"DEPTH"}
+
+
+def test_a_broken_file_at_the_start_is_one_line_and_nothing_is_journalled(tmp_path: Path):
+    toy = new_toy(tmp_path, "budget.hours = -1")
+    with pytest.raises(UserError, match=re.escape("program.md: budget.hours = -1: it must be a number above 0")):
+        toy.drive(trials=1)
+    assert toy.replayed().seq == 0
+
+
+def test_a_restart_keeps_the_directions_and_puts_a_lost_file_back(tmp_path: Path):
+    toy = new_toy(tmp_path, "frozen = ['LR']")
+    toy.drive(trials=5)
+    toy.drive(trials=10)
+    text = (toy.path / "program.md").read_text()
+    (toy.path / "program.md").unlink()
+    toy.drive(trials=15)
+    assert len(directed(toy)) == 1
+    assert (toy.path / "program.md").read_text() == text
+    before = len(moved(toy, "LR"))
+    direct(toy, "frozen = ['DEPTH']")
+    toy.drive(trials=20)
+    assert len(directed(toy)) == 2
+    assert not any(moved(toy, "LR")[:before])
+    assert not any(moved(toy, "DEPTH")[before:])
+
+
+def test_proposals_against_the_directions_are_refused_with_the_reason(tmp_path: Path):
+    toy = new_toy(tmp_path, "frozen = ['MODE']\nranges.DEPTH = [4, 9]", proposer=AllAtOnce())
+    toy.drive(trials=None)
+    assert sorted(reason for _, reason in toy.study.refused) == [
+        "against program.md: DEPTH has the range [4, 9], and 6 became 3",
+        "against program.md: MODE is frozen, and 'slow' became 'fast'",
+    ]
+    assert moved(toy, "LR") == [True]
+    audit(toy)
+
+
+def test_a_forbidden_operator_is_refused_but_for_a_persons_own_patch(tmp_path: Path):
+    toy = new_toy(tmp_path, "forbidden = ['draft']\nfrozen = ['DEPTH']", proposer=AllAtOnce())
+    deep = unified_diff("train.py", PROGRAM, PROGRAM.replace("DEPTH = 6", "DEPTH = 5"))
+
+    def drop(toy: Toy) -> None:
+        if toy.study.lanes and not toy.folder.inbox.exists():
+            for why, patch in (("fast", PATCH), ("shallow", deep)):
+                inbox.drop(toy.folder.inbox, patch=patch, why=why, by="sure", profiles=["cpu"], at=toy.clock())
+
+    toy.drive(trials=None, meanwhile=drop)
+    reasons = {proposal.hypothesis: reason for proposal, reason in toy.study.refused}
+    assert reasons == {
+        "good": "against program.md: draft is forbidden",
+        "shallow": "against program.md: DEPTH is frozen, and 6 became 5",
+    }
+    (win,) = toy.study.lanes["cpu"].wins
+    assert toy.study.candidates[win.candidate].candidate.proposal.hypothesis == "fast"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed in between"])
+def test_what_waits_for_its_first_run_against_new_directions_is_dropped(tmp_path: Path, killed: bool):
+    class KilledAfterDirected(Journal):
+        def append(self, event: Event, *, seq: int, at: float) -> Record:
+            record = super().append(event, seq=seq, at=at)
+            if isinstance(event, Directed):
+                raise Killed
+            return record
+
+    def freeze(toy: Toy) -> None:
+        if len(toy.study.candidates) == 4 and not toy.study.directed:
+            direct(toy, "frozen = ['LR', 'DEPTH', 'MODE']")
+
+    toy = new_toy(tmp_path, None, hardware=(cpu(),), proposer=AllAtOnce())
+    if killed:
+        with pytest.raises(Killed):
+            toy.drive(trials=3, meanwhile=freeze, journal_type=KilledAfterDirected)
+    toy.drive(trials=3, meanwhile=freeze)
+    dropped = [state for state in toy.study.candidates.values() if state.reason.startswith("against program.md")]
+    assert dropped
+    assert all(state.verdict is Verdict.DISCARD and not state.seconds for state in dropped)
+    screened = {run.trial.candidate for run in toy.study.trials.values() if run.trial.purpose is Purpose.SCREEN}
+    assert len(dropped) + len(screened) == 3
+    audit(toy)
+
+
+def test_names_that_the_program_does_not_have_are_said_once(tmp_path: Path):
+    toy = new_toy(tmp_path, "frozen = ['DROPOUT', 'LR']")
+    toy.drive(trials=3)
+    said = "program.md: the directions name DROPOUT, which the program of cpu does not set"
+    assert toy.said.getvalue().count(said) == 1
+
+
+def test_the_budget_of_the_directions_limits_a_study_and_may_change(tmp_path: Path):
+    def grow(toy: Toy) -> None:
+        if toy.study.lanes["cpu"].screens == 4 if toy.study.lanes else False:
+            direct(toy, "budget.trials = 9")
+
+    toy = new_toy(tmp_path, "budget.trials = 5")
+    assert toy.drive(trials=None, meanwhile=grow) == "all 9 trials are done"
+    assert toy.study.lanes["cpu"].screens == 9
+    assert toy.drive(trials=7) == "all 7 trials are done"
+    direct(toy, "budget.hours = 0.1")
+    started = toy.clock()
+    assert toy.drive(trials=None) == "the time limit has passed"
+    assert 360 <= toy.clock() - started < 600
+    audit(toy)
+
+
+def test_a_study_whose_only_proposer_is_forbidden_ends(tmp_path: Path):
+    toy = new_toy(tmp_path, "forbidden = ['tune']")
+    assert toy.drive(trials=9) == "no proposer has anything new to try"
+    assert not toy.study.proposals
+
+
+def test_a_preset_brings_its_directions_and_both_files_hold(tmp_path: Path):
+    options = {"objective": {"kind": "trainer"}}
+    toy = new_toy(tmp_path, "frozen = ['LR']", preset="cpu", options=options)
+    toy.drive(trials=6)
+    assert [file for _, file in directed(toy)] == ["program.md", "program-cpu.md"]
+    text = (toy.path / "program-cpu.md").read_text()
+    assert text == objective.preset_directions("cpu") == toy.study.directed["program-cpu.md"]
+    wanted = toy.study.directions(toy.study.lanes["cpu"])
+    assert wanted.where == "program.md and program-cpu.md"
+    assert "DEPTH" in wanted.ranges
+    assert wanted.prose.startswith("Please.\n\n# What is known of CPU slots")
+    assert not any(moved(toy, "LR"))
+    direct(toy, "ranges.DEPTH = [30, 40]")
+    with pytest.raises(
+        UserError, match=r"DEPTH is to be in \[30, 40\] by program.md and in \[1, 8\] by program-cpu.md"
+    ):
+        toy.drive(trials=7)
 
 
 def test_false_keeps_are_rare(tmp_path: Path):

@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "executors.surrogate": {"profile"},
     "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
     "executors.ray": {"executors", "compile_cache", "data", "objective", "profile", "runner", "leftovers", "nursery"},
+    "programs": set(),
     "folder": {"config", "journal", "ratchet"},
 }
 # what a trial is made of may import of the trainer: nothing that prepares data

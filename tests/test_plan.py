@@ -6,6 +6,7 @@ from told import BASE, CPU, TWO, Told, ready
 
 from raysearch import judge
 from raysearch.model import (
+    Directed,
     Event,
     Judged,
     Operator,
@@ -554,6 +555,54 @@ def test_after_ten_refusals_in_a_row_nobody_is_asked_until_something_new_is_know
     assert command == Finish("the last 10 proposals for cpu were all refused; the last one: the patch is empty")
     told.add(SessionStarted("host", 2, "0"))
     assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+
+
+# ---- the human's directions ----
+
+
+def direct(told: Told, block: str) -> None:
+    told.add(Directed("program.md", f"```raysearch\n{block}\n```"))
+
+
+def test_other_directions_are_something_new_for_proposers_whose_ideas_were_refused():
+    told = ready()
+    for _ in range(MOST_REFUSALS):
+        told.add(Refused(told.propose(), "the patch is empty"))
+    assert isinstance(told.commands()[0], Finish)
+    direct(told, "frozen = ['LR']")
+    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+
+
+def test_the_smaller_of_both_limits_holds_and_the_directions_may_change():
+    told = ready(max_trials=3)
+    direct(told, "budget.trials = 1")
+    assert told.commands() == [Ask("cpu", "tune", 1, BASE)]
+    told.run(f"{told.candidate()}-screen", 2.0)
+    told.conclude()
+    assert told.commands() == [Finish("all 1 trials are done")]
+    direct(told, "budget.trials = 9")
+    assert told.commands() == [Ask("cpu", "tune", 2, BASE)]
+
+
+def test_who_is_called_by_a_forbidden_operator_is_not_asked_and_the_next_has_most_of_the_line():
+    told = ready(proposers=("tune", "combine", "transfer"))
+    direct(told, "forbidden = ['tune']")
+    assert told.commands() == [Ask("cpu", "combine", 4, BASE), Ask("cpu", "transfer", 1, BASE)]
+    direct(told, "forbidden = ['tune', 'combine', 'transfer']")
+    assert is_out_of_ideas(told.study, ["cpu"], {("cpu", name): 4 for name in told.study.settings.proposers})
+
+
+def test_a_profile_whose_hours_are_over_is_asked_no_more_and_others_are():
+    told = ready(slots=(*TWO, Slot("g", GPU.slug)), noise_share=0.0)
+    told.add(ProfileAdded(GPU, BASE, "gpu program"))
+    told.baselines(GPU.slug)
+    told.slots = (*TWO, Slot("g", GPU.slug))
+    late = {"cpu"}
+    assert [command.profile for command in told.commands(late=late) if isinstance(command, Ask)] == [GPU.slug]
+    served = ["cpu", GPU.slug]
+    assert not is_out_of_ideas(told.study, served, {}, late=late)
+    assert is_out_of_ideas(told.study, served, {(GPU.slug, "tune"): 4}, late=late)
+    assert told.commands(late={"cpu", GPU.slug}) == [Finish("the time limit has passed")]
 
 
 # ---- slots that are set aside ----

@@ -22,6 +22,7 @@ from ray.tune.search import Searcher
 from toy import Clock, ideas_of
 
 from raysearch.asker import PAUSE_S, Asker
+from raysearch.directions import Directions, Range, parse, refusal
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
@@ -313,7 +314,106 @@ def test_a_request_with_nothing_to_work_on_gives_no_idea(make: Make):
     assert make(5).ask(full_request(files=plain, origin=plain)) == []
 
 
+def any_directions(chance: random.Random) -> Directions:
+    """What somebody may want of proposals for GROWN, be it within reach or not."""
+    knobs = read_knobs(GROWN)
+    ranges: dict[str, Range] = {}
+    for name in chance.sample(sorted(knobs), chance.randint(1, 5)):
+        knob = knobs[name]
+        if knob.choices:
+            ranges[name] = Range(choices=tuple(chance.sample(knob.choices, chance.randint(1, len(knob.choices)))))
+        else:
+            low, high = sorted(float(knob.nearest(knob.at(chance.random()))) for _ in range(2))
+            ranges[name] = Range(low, high)
+    frozen = chance.sample([*knobs, "SEED_WORD", "NOWHERE"], chance.randint(0, 3))
+    forbidden = chance.sample(list(Operator), chance.choice([0, 0, 1]))
+    return Directions(frozen=frozenset(frozen), ranges=ranges, forbidden=frozenset(forbidden))
+
+
+def test_no_idea_breaks_the_directions_whatever_they_were_before(make: Make):
+    given = 0
+    for seed in range(12):
+        chance, proposer = random.Random(seed), make(seed)
+        for _ in range(3):  # on one program: what has changed holds at the next ask
+            directions = any_directions(chance)
+            for idea in ideas_of(proposer, full_request(4, directions=directions)):
+                given += 1
+                program = {"train.py": patched(GROWN, idea.patch)}
+                before = {"train.py": GROWN}
+                assert refusal(directions, before=before, after=program, operator=idea.operator) is None
+                assert read_knobs(program["train.py"])
+    assert given > 12
+
+
+def test_a_forbidden_operator_gives_no_idea_and_the_others_stay(make: Make):
+    proposer = make(6)
+    own = frozenset({Operator(proposer.name)})
+    assert proposer.ask(full_request(5, directions=Directions(forbidden=own))) == []
+    assert proposer.ask(full_request(5, directions=Directions(forbidden=frozenset(Operator) - own)))
+
+
+def test_what_directions_barred_is_proposed_once_they_are_lifted(make: Make):
+    barred = Directions(frozen=frozenset(read_knobs(GROWN)))
+    fresh, proposer = make(7), make(7)
+    if fresh.name == "tune":
+        assert proposer.ask(full_request(9, directions=barred)) == []
+        assert len(ideas_of(proposer, full_request(9))) == 9
+        return
+    before = ideas_of(proposer, full_request(99, directions=barred))
+    after = ideas_of(proposer, full_request(99))
+    wanted = ideas_of(fresh, full_request(99))
+    assert len(before) < len(wanted)
+    assert {idea.source for idea in (*before, *after)} >= {idea.source for idea in wanted}
+
+
 # ---- the contract of every searcher ----
+
+
+def test_programs_are_told_apart_when_directions_leave_another_knob(searcher: str):
+    source = "A = 1  # in [1, 2]: a\nB = 1  # in [1, 2]: b\n"
+    proposer, known = TuneProposer(searcher=searcher), set[str]()
+    for frozen, moved in (("A", "B"), ("B", "A")):
+        directions = Directions(frozen=frozenset({frozen}))
+        asked = Request("cpu", "b", {"train.py": source}, 1, frozenset(known), MINIMIZE, directions=directions)
+        (idea,) = ideas_of(proposer, asked)
+        program = patched(source, idea.patch)
+        assert values_of(program) == {frozen: 1, moved: 2}
+        known.add(fingerprint({"train.py": program}))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "LR = [0.0911, 0.2]",
+        "LR = [0.001, 0.0015]",
+        "LR = {choices = [0.1, 0.15, 0.2, 0.25]}",
+        "DEPTH = [9, 11]",
+        "DEPTH = [2.5, 3.5]",
+        "DEPTH = {choices = [12, 2]}",
+        "WIDTH = [128, 300]",
+        "WIDTH = {choices = [16]}",
+        "MODE = {choices = ['odd']}",
+        "BIAS = {choices = [false]}",
+        "DECAY = [0.31, 0.31]",
+    ],
+)
+def test_a_knob_that_stands_outside_of_its_directions_is_left_or_moved_inside(searcher: str, block: str):
+    directions = parse(f"```raysearch\nranges.{block}\n```", where="program.md")
+    ((name, allowed),) = directions.ranges.items()
+    assert not allowed.allows(values_of(PROGRAM)[name])
+    proposer, known, inside = TuneProposer(searcher=searcher, seed=3), set[str](), set[Value]()
+    proposer.tell(Told("cpu", {"train.py": PROGRAM}, Outcome.MEASURED, 1.0))
+    for _ in range(12):
+        asked = Request("cpu", "b", {"train.py": PROGRAM}, 6, frozenset(known), MINIMIZE, directions=directions)
+        ideas = ideas_of(proposer, asked)
+        assert ideas
+        for idea in ideas:
+            program = patched(PROGRAM, idea.patch)
+            known.add(fingerprint({"train.py": program}))
+            value = values_of(program)[name]
+            assert value == values_of(PROGRAM)[name] or allowed.allows(value)
+            inside |= {value} if allowed.allows(value) else set()
+    assert inside
 
 
 def test_git_applies_every_idea_to_the_champion_and_gets_the_same_program(searcher: str, tmp_path: Path):
@@ -831,7 +931,8 @@ def test_what_is_dropped_is_taken_once_and_kept(tmp_path: Path):
     ((item,), bad) = inbox.waiting(tmp_path / "inbox")
     assert bad == []
     assert (item.path, item.profiles) == (path, ("cpu", "gpu"))
-    assert item.idea == Idea("-a\r\n+é\n", Operator.DRAFT, "Because: ½ of it", "ada")
+    assert item.idea == Idea("-a\r\n+é\n", Operator.DRAFT, "Because: ½ of it", "ada", source=f"inbox {path.name}")
+    assert inbox.is_from(item.idea.source)
     inbox.take(path)
     assert inbox.waiting(tmp_path / "inbox") == ([], [])
     assert (tmp_path / "inbox" / "taken" / path.name).exists()

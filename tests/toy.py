@@ -91,14 +91,18 @@ class ToyExecutor:
     """Runs nothing: a program's score is a function of its knobs and of the seed."""
 
     def __init__(
-        self, clock: Clock, hardware: Iterable[Hardware] = (cpu(), cpu()), behaviour: Behaviour | None = None
+        self,
+        clock: Clock,
+        hardware: Iterable[Hardware] = (cpu(), cpu()),
+        behaviour: Behaviour | None = None,
+        preset: str = "",
     ) -> None:
         self.clock = clock
         self.slots = {f"slot{number}": ToySlot(kind) for number, kind in enumerate(hardware)}
         self.behaviour = behaviour
         self.started: list[RunSpec] = []
         self._reports: list[Report] = [
-            SlotJoined(SlotInfo(name, slot.hardware, "", None, True)) for name, slot in self.slots.items()
+            SlotJoined(SlotInfo(name, slot.hardware, preset, None, True)) for name, slot in self.slots.items()
         ]
 
     def start(self, slot_id: str, spec: RunSpec) -> None:
@@ -165,6 +169,8 @@ class Toy:
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     program: str = PROGRAM
     proposer: Proposer | None = None
+    preset: str = ""
+    said: io.StringIO = field(default_factory=io.StringIO)
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
     coordinator: Coordinator = field(init=False)
@@ -195,7 +201,7 @@ class Toy:
             self.study.settings = replace(self.study.settings, proposers=(proposer.name,))
             repo = Ratchet.open(self.folder.repo)
             folders.check_ratchets(self.study, repo, self.folder)
-            self.executor = ToyExecutor(self.clock, self.hardware, self.behaviour)
+            self.executor = ToyExecutor(self.clock, self.hardware, self.behaviour, self.preset)
             if meanwhile:
                 toy, poll = self, self.executor.poll
 
@@ -212,7 +218,7 @@ class Toy:
                 repo=repo,
                 executor=self.executor,
                 askers=[Asker(proposer, self.clock)],
-                console=Console(self.study, name="toy", metric="score", stream=io.StringIO()),
+                console=Console(self.study, name="toy", metric="score", stream=self.said),
                 session=Session("toy", "session"),
                 clock=self.clock,
             )

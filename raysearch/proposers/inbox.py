@@ -16,6 +16,8 @@ from typing import Any
 from raysearch.model import Operator
 from raysearch.proposers import Idea
 
+_SOURCE = "inbox "  # begins the source of what lay here, whoever it says that it is by
+
 
 @dataclass(frozen=True)
 class Item:
@@ -72,8 +74,13 @@ def _item(path: Path) -> Item:
     if not all(isinstance(text, str) for text in texts):  # pyright: ignore[reportUnknownVariableType]
         raise TypeError("patch, why, by and profiles must be text")
     "".join(texts).encode()  # pyright: ignore[reportUnknownArgumentType] - JSON may hold half a character
-    idea = Idea(patch=patch, operator=Operator.DRAFT, hypothesis=why, proposer=by)
+    idea = Idea(patch=patch, operator=Operator.DRAFT, hypothesis=why, proposer=by, source=f"{_SOURCE}{path.name}")
     return Item(path, idea, tuple(profiles))  # pyright: ignore[reportUnknownArgumentType]
+
+
+def is_from(source: str) -> bool:
+    """Whether a proposal with this source is one that a person dropped."""
+    return source.startswith(_SOURCE)
 
 
 def take(path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+from raysearch.directions import Directions, refusal
 from raysearch.errors import UserError
 from raysearch.knobs import (
     ConstantLine,
@@ -68,13 +69,13 @@ class Attempt:
 
 
 class Sieve:
-    """Makes ideas of attempts: those that give a valid program, new on the profile, each source once."""
+    """Makes ideas of attempts: those that give a valid program as directed, new on the profile, each source once."""
 
     def __init__(self, proposer: str, operator: Operator) -> None:
         self._proposer = proposer
         self._operator = operator
         self._given: dict[str, set[str]] = {}
-        self._useless: dict[str, tuple[str, set[str]]] = {}  # by profile: on this base
+        self._useless: dict[str, tuple[str, Directions, set[str]]] = {}  # by profile: on this base, so directed
 
     def was_tried(self, request: Request, source: str) -> bool:
         """Whether that was proposed on the profile, or came to a program that was."""
@@ -82,16 +83,13 @@ class Sieve:
 
     def is_done(self, request: Request, source: str) -> bool:
         """Whether it was tried, or cannot be made to the program."""
-        base, useless = self._useless.get(request.profile, ("", set[str]()))
-        return self.was_tried(request, source) or (base == request.base and source in useless)
+        return self.was_tried(request, source) or source in self._useless_now(request)
 
     def ideas(self, request: Request, attempts: Iterable[Attempt]) -> list[Idea]:
         """Up to `request.count` ideas, worked out one by one in their order."""
-        given = self._given.setdefault(request.profile, set())
-        base, useless = self._useless.get(request.profile, ("", set()))
-        if base != request.base:
-            useless = set[str]()
-            self._useless[request.profile] = (request.base, useless)
+        if self._operator in request.directions.forbidden:
+            return []
+        given, useless = self._given.setdefault(request.profile, set()), self._useless_now(request)
         known = {*request.known, fingerprint(request.files)}
         ideas: list[Idea] = []
         for attempt in attempts:
@@ -100,7 +98,7 @@ class Sieve:
             if self.was_tried(request, attempt.source) or attempt.source in useless:
                 continue
             change = attempt.make()
-            if change is None or not is_valid(request.files, change.files):
+            if change is None or not is_valid(request.files, change.files) or self._is_refused(request, change):
                 useless.add(attempt.source)
                 continue
             given.add(attempt.source)
@@ -109,6 +107,18 @@ class Sieve:
                 known.add(print_)
                 ideas.append(self._idea(request, attempt, change))
         return ideas
+
+    def _useless_now(self, request: Request) -> set[str]:
+        """Sources that give nothing on this base, as the directions are."""
+        base, directions, useless = self._useless.get(request.profile, ("", request.directions, set[str]()))
+        if base != request.base or directions != request.directions:
+            useless = set[str]()
+        self._useless[request.profile] = (request.base, request.directions, useless)
+        return useless
+
+    def _is_refused(self, request: Request, change: Change) -> bool:
+        after = {**request.files, **change.files}
+        return refusal(request.directions, before=request.files, after=after, operator=self._operator) is not None
 
     def _idea(self, request: Request, attempt: Attempt, change: Change) -> Idea:
         patch = "".join(unified_diff(path, request.files.get(path), text) for path, text in change.files.items())

@@ -133,7 +133,7 @@ class TuneProposer(Proposer):
             UserError: The searcher does not know knobs of these kinds, or cannot be made here.
         """
         if self._searcher_name not in ("optuna", "random") and (knobs := read_knobs(source, path=self._path)):
-            self._make_searcher(knobs, {name: knob.value for name, knob in knobs.items()}, "min")
+            self._make_searcher(knobs, "min")
 
     def ask(self, request: Request) -> list[Idea]:
         """Up to `request.count` programs that are the champion with a few knobs moved.
@@ -142,8 +142,8 @@ class TuneProposer(Proposer):
             UserError: The searcher cannot search knobs of these kinds, or a rule of the program cannot be computed.
         """
         source = request.files[self._path]
-        knobs = read_knobs(source, path=self._path)
-        if not knobs:
+        knobs = request.directions.narrowed(read_knobs(source, path=self._path))
+        if not knobs or Operator.TUNE in request.directions.forbidden:
             return []
         space = self._space(request, knobs)
         sieve = _Sieve(request, self._path, knobs, space)
@@ -240,6 +240,7 @@ class TuneProposer(Proposer):
         same_ranges = _ranges(space.knobs) == _ranges(knobs)
         if not same_ranges:
             space.places = [_place(values, knobs) for values, _ in space.told]
+            space.prints = {}  # directions may leave other knobs of the same program
         space.knobs = dict(knobs)
         still_good = space.fed < 2 * MODELLED_RUNS if self._learns_all else space.anchor == anchor
         if space.searcher is not None and same_ranges and still_good:
@@ -247,7 +248,7 @@ class TuneProposer(Proposer):
         # The seed goes on with the study: after a restart it must not suggest all over what was run.
         self._random = random.Random(f"{self._seed} {request.profile} {len(space.told)}")
         mode = "min" if request.direction is Direction.MINIMIZE else "max"
-        space.searcher = self._make_searcher(knobs, anchor, mode)
+        space.searcher = self._make_searcher(knobs, mode)
         space.anchor = anchor
         space.open.clear()  # they are trials of the searcher before
         space.fed = 0
@@ -256,7 +257,7 @@ class TuneProposer(Proposer):
                 _feed(space, values, value)
         return space
 
-    def _make_searcher(self, knobs: Mapping[str, Knob], anchor: Values, mode: str) -> Any:
+    def _make_searcher(self, knobs: Mapping[str, Knob], mode: str) -> Any:
         """The searcher, of the whole ranges if it learns from all runs, else of the champion's neighbourhood."""
         from ray.tune import search  # noqa: PLC0415 - costs a second
         from ray.tune.search.optuna import OptunaSearch  # noqa: PLC0415
@@ -277,7 +278,7 @@ class TuneProposer(Proposer):
             space = OptunaSearch.convert_search_space(domains)
             return OptunaSearch(space=space, metric=METRIC, mode=mode, sampler=sampler)
         seeds = {"random_state_seed": seed, "random_state": seed, "seed": seed}  # each searcher has its own name for it
-        start = [dict(anchor)]
+        start = [{name: _allowed(knob) for name, knob in knobs.items()}]
         try:
             own = _own_arguments(self._searcher_name)
             found: Any = search.create_searcher(
@@ -407,9 +408,19 @@ def _place(values: Values, knobs: Mapping[str, Knob]) -> list[float]:
     return place
 
 
+def _allowed(knob: Knob) -> Value:
+    """The knob's own value, or the nearest that it may be moved to: directions may leave the own one out."""
+    if knob.allows(knob.value):
+        return knob.value
+    if not knob.is_number or isinstance(knob.value, str | bool):
+        return knob.choices[0]
+    near = knob.nearest(float(knob.value))
+    return near if knob.allows(near) or knob.low is None else knob.low  # no number of 4 digits lies inside
+
+
 def _differs(knob: Knob, value: Value) -> bool:
     """Whether it is worth a run to move the knob towards the value."""
-    if knob.choices or knob.is_int:
+    if knob.choices or knob.is_int or not knob.allows(knob.value):
         return value != knob.value
     return abs(knob.unit(value) - knob.unit(knob.value)) >= LEAST
 
@@ -419,7 +430,7 @@ def _reached(knob: Knob, value: Value) -> Value:
     if knob.choices:
         if not knob.is_ordered:
             return value
-        here, there = knob.choices.index(knob.value), knob.choices.index(value)
+        here, there = knob.choices.index(_allowed(knob)), knob.choices.index(value)
         return knob.choices[min(max(there, here - PLACES), here + PLACES)]
     assert not isinstance(value, str)
     assert not isinstance(knob.value, str)
@@ -443,16 +454,17 @@ def _clean(value: Any, knob: Knob) -> Value:
 def _neighbourhood(knob: Knob) -> Knob:
     """The knob with its range cut to what one proposal may reach."""
     if knob.choices:
-        here = knob.choices.index(knob.value)
+        here = knob.choices.index(_allowed(knob))
         near = knob.choices[max(0, here - PLACES) : here + PLACES + 1]
         return replace(knob, choices=near) if knob.is_ordered else knob
     assert knob.low is not None
     assert knob.high is not None
-    start = knob.unit(knob.value)
+    own = _allowed(knob)
+    start = knob.unit(own)
     low, high = knob.at(max(0.0, start - REACH)), knob.at(min(1.0, start + REACH))
     if knob.is_int:
-        assert not isinstance(knob.value, str)
-        low, high = min(math.ceil(low), knob.value - 1), max(math.floor(high), knob.value + 1)
+        assert not isinstance(own, str)
+        low, high = min(math.ceil(low), own - 1), max(math.floor(high), own + 1)
     return replace(knob, low=max(low, knob.low), high=min(high, knob.high))
 
 
