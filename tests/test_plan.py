@@ -18,6 +18,7 @@ from raysearch.model import (
     SlotSetAside,
     Verdict,
 )
+from raysearch.pace import Pace
 from raysearch.plan import (
     ASIDE_TRIALS,
     MOST_REFUSALS,
@@ -27,7 +28,7 @@ from raysearch.plan import (
     Finish,
     Materialise,
     MoveRatchet,
-    is_out_of_ideas,
+    out_of_ideas,
 )
 from raysearch.schedule import Slot
 from raysearch.study import Study
@@ -499,9 +500,9 @@ def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own(
 
 def test_nobody_is_asked_again_while_their_answer_is_due_and_others_are():
     told = ready(proposers=("tune", "transfer"))
-    told.asking = {("cpu", "tune"): 1}  # even when fewer were asked for than are wanted now
+    told.asking = {("cpu", "tune"): Pace(asked=1)}  # even when fewer were asked for than are wanted now
     assert told.commands() == [Ask("cpu", "transfer", 1, BASE)]
-    told.asking = {("cpu", "tune"): 0, (GPU.slug, "tune"): 5}
+    told.asking = {("cpu", "tune"): Pace(), (GPU.slug, "tune"): Pace(asked=5)}
     assert [ask.proposer for ask in told.commands() if isinstance(ask, Ask)] == ["tune", "transfer"]
 
 
@@ -528,7 +529,7 @@ def test_the_limit_of_trials_is_one_of_each_profile_and_refusals_do_not_count():
 
 def test_no_more_is_asked_for_than_the_limit_leaves_of_what_others_were_asked_for():
     told = ready(max_trials=3, proposers=("tune", "ablate"))
-    told.asking = {("cpu", "tune"): 3}
+    told.asking = {("cpu", "tune"): Pace(asked=3)}
     assert told.commands() == []
 
 
@@ -798,7 +799,7 @@ def test_draining_waits_for_the_runs_in_flight_and_still_decides():
 
 def test_the_answer_to_an_ask_is_waited_for():
     told = ready(max_trials=1)
-    told.asking = {("cpu", "tune"): 1}
+    told.asking = {("cpu", "tune"): Pace(asked=1)}
     assert told.commands(accepting=False) == []
     told.asking = {}
     assert told.commands(accepting=False) == [Finish("the time limit has passed")]
@@ -835,5 +836,6 @@ def test_nobody_tidies_a_ratchet_of_a_few_steps():
 
 def test_a_search_ends_when_those_that_may_be_asked_have_no_ideas():
     told = ready(proposers=("tune", "ablate"))
-    assert not is_out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): 3})
-    assert is_out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): 4})
+    assert out_of_ideas(told.study, ["cpu"], {("cpu", "ablate"): Pace(is_out=True)}) is None
+    finish = out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): Pace(is_out=True)})
+    assert finish == Finish("no proposer has anything new to try")

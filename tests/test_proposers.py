@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
@@ -21,10 +21,11 @@ from ray.tune import search
 from ray.tune.search import Searcher
 from toy import Clock, ideas_of
 
-from raysearch.asker import PAUSE_S, Asker
+from raysearch.asker import Asker
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
+from raysearch.pace import NO_IDEAS_AFTER, PAUSE_S
 from raysearch.proposers import Idea, Proposer, Request, Step, Told, inbox, tune
 from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.combine import CombineProposer
@@ -937,10 +938,10 @@ AskOf = Callable[..., tuple[Asker, Clock]]
 def test_an_answer_comes_with_its_request_and_is_outstanding_until_then(ask_of: AskOf):
     asker, _ = ask_of([IDEA, IDEA])
     asker.ask(REQUEST)
-    assert asker.outstanding() == {"cpu": 2}
+    assert asker.pace("cpu").asked == 2
     answer = answered(asker)
     assert (answer.request, answer.ideas, answer.failure) == (REQUEST, [IDEA, IDEA], "")
-    assert asker.outstanding() == {}
+    assert asker.pace("cpu").asked == 0
     assert not asker.in_flight()
     assert asker.answers() == []
 
@@ -952,9 +953,9 @@ def test_asks_that_give_nothing_are_repeated_ever_more_rarely(ask_of: AskOf):
         asker.ask(REQUEST)
         answer = answered(asker)
         assert answer.failure == ("RuntimeError: no connection" if number == 1 else "")
-        assert asker.fruitless("cpu") == number + 1
+        assert asker.pace("cpu").is_out == (number >= NO_IDEAS_AFTER - 1)
         before = clock.now
-        while asker.outstanding():
+        while asker.pace("cpu").rests:
             assert not asker.in_flight()
             clock.now += 0.5
         pauses.append(clock.now - before)
@@ -962,19 +963,17 @@ def test_asks_that_give_nothing_are_repeated_ever_more_rarely(ask_of: AskOf):
     assert pauses[-1] == PAUSE_S[1]
     asker.ask(REQUEST)
     assert answered(asker).ideas == [IDEA]
-    assert asker.fruitless("cpu") == 0
-    assert asker.outstanding() == {}
+    assert asker.pace("cpu") == replace(asker.pace("cpu"), asked=0, rests=False, is_out=False)
 
 
 def test_something_new_ends_a_pause(ask_of: AskOf):
     asker, _ = ask_of([])
     asker.ask(REQUEST)
     answered(asker)
-    assert asker.outstanding() == {"cpu": 2}
+    assert asker.pace("cpu").rests
     asker.retry("cpu")
     asker.retry("gpu")
-    assert asker.outstanding() == {}
-    assert asker.fruitless("cpu") == 0
+    assert not asker.pace("cpu").rests
 
 
 def test_what_goes_wrong_in_telling_is_said_and_does_no_harm(ask_of: AskOf):
@@ -983,5 +982,8 @@ def test_what_goes_wrong_in_telling_is_said_and_does_no_harm(ask_of: AskOf):
     asker.tell(lambda: {}["gone"])
     asker.ask(REQUEST)  # one thread: what was told before has been heard by the time that this is answered
     assert answered(asker).ideas == [IDEA]
-    assert asker.broken_tells() == ["ValueError: cannot learn", "KeyError: 'gone'"]
-    assert asker.broken_tells() == []
+    assert asker.notes() == [
+        "proposer scripted could not be told of a run: ValueError: cannot learn",
+        "proposer scripted could not be told of a run: KeyError: 'gone'",
+    ]
+    assert asker.notes() == []

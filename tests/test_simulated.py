@@ -323,13 +323,13 @@ def test_an_answer_comes_when_its_time_has():
     asker.ask(request())
     assert asker.answers() == []
     assert asker.in_flight()
-    assert asker.outstanding() == {"h100-80gb": 2}
+    assert asker.pace("h100-80gb").asked == 2
     clock.advance()
     [answer] = asker.answers()
     assert 30.0 <= answer.seconds <= 90.0
     assert answer.ideas
     assert not asker.in_flight()
-    assert asker.outstanding() == {}
+    assert asker.pace("h100-80gb").asked == 0
 
 
 def test_a_proposer_without_latency_answers_at_once_and_its_failures_are_said():
@@ -338,12 +338,12 @@ def test_a_proposer_without_latency_answers_at_once_and_its_failures_are_said():
     asker.ask(request({"other.py": ""}))
     [answer] = asker.answers()
     assert answer.failure == "KeyError: 'train.py'"
-    assert asker.fruitless("h100-80gb") == 1
-    assert asker.outstanding() == {"h100-80gb": 2}  # in its pause
+    assert asker.notes() == ["proposer nudge failed and is asked again later: KeyError: 'train.py'"]
+    assert asker.pace("h100-80gb").rests
     clock.advance()
-    assert asker.outstanding() == {}
+    assert not asker.pace("h100-80gb").rests
     asker.tell(lambda: Told("h100-80gb", {}["gone"], Outcome.CRASHED, None))
-    assert asker.broken_tells() == ["KeyError: 'gone'"]
+    assert asker.notes() == ["proposer nudge could not be told of a run: KeyError: 'gone'"]
 
 
 # ---- the repository in memory ----

@@ -29,6 +29,7 @@ from raysearch.model import (
     TrialStarted,
     Verdict,
 )
+from raysearch.pace import Pace
 from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.schedule import Slot, is_spoilt
 from raysearch.study import Lane, Settings, Study, baseline_id, candidate_id, screen_id
@@ -125,7 +126,7 @@ class World:
 
     def live(self) -> str:
         for _ in range(6000):
-            asking = {key: count for key, (count, _) in self.asking.items()}
+            asking = {key: Pace(asked=count) for key, (count, _) in self.asking.items()}
             commands = next_commands(self.study, self.there, asking=asking, draining=self.draining)
             self.check(commands)
             for command in commands:
