@@ -374,6 +374,7 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
     paces = {name: _pace(asking, slug, name) for name in _askable(study, lane)}
     names = [name for name, pace in paces.items() if not pace.rests]
     quick = [name for name in names if _is_quick(paces[name], lane, present)]
+    lead = next((name for name, pace in paces.items() if not pace.is_out and not pace.trouble), None)
     lines, side = Counter(lane.line.values()), -(-present // SIDE_SHARE)
     left = _left(study, lane, asking)
     base: str | None = None
@@ -382,22 +383,27 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
         if name in quick:
             target, have = (idle + present, len(lane.line)) if name == quick[0] else (side, lines[name])
         else:
-            target, slots = (idle + present, present) if name == names[0] else (side, side)
+            target, slots = (idle + present, present) if name == lead else (side, side)
             target, have = target + _ahead(pace, lane, slots), lines[name] + pace.asked
         most = left
         if left is not None and quick and name not in quick:
             most = -(-left // 2)  # the slots' next trials cannot wait for it
-        count = target - have if most is None else min(target - have, most)
-        # many are asked for at once: a searcher makes several proposals of one suggestion
-        least = min(-(-present // BATCH_SHARE), target if most is None else max(1, most))
-        if pace.parallel > 1:  # but each is an ask of its own here
-            least, count = 1, min(count, max(1, round(pace.places * share)) - pace.asked)
-        if count < least or (pace.parallel == 1 and pace.asked):
-            continue
-        left = None if left is None else left - count
-        if base is None:
-            base = _commit_of(lane, study.head(lane))
-        yield Ask(slug, name, count, base)
+        count = _count(pace, wanted=target - have, most=most, present=present, share=share)
+        if count > 0:
+            left = None if left is None else left - count
+            base = base or _commit_of(lane, study.head(lane))
+            yield Ask(slug, name, count, base)
+
+
+def _count(pace: Pace, *, wanted: int, most: int | None, present: int, share: float) -> int:
+    """How many proposals it is worth to ask for now; for none if it is not positive."""
+    count = wanted if most is None else min(wanted, most)
+    if pace.parallel > 1:  # each is an ask of its own
+        return min(count, max(1, round(pace.places * share)) - pace.asked)
+    if pace.asked:
+        return 0
+    least = -(-present // BATCH_SHARE)  # many at once: a searcher makes several proposals of one suggestion
+    return count if count >= (least if most is None else min(least, max(1, most))) else 0
 
 
 def _pace(asking: Asking, profile: str, proposer: str) -> Pace:

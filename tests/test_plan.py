@@ -1,8 +1,12 @@
 """What to do next: verdicts, the ratchet, the frontier, wins that have to be carried, asking, slots, the end."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from histories import commit_of, gpu_profile
-from told import BASE, CPU, TWO, Told, ready
+from told import BASE, CPU, TRIAL_S, TWO, Told, ready
 
 from raysearch import judge
 from raysearch.model import (
@@ -531,6 +535,118 @@ def test_no_more_is_asked_for_than_the_limit_leaves_of_what_others_were_asked_fo
     told = ready(max_trials=3, proposers=("tune", "ablate"))
     told.asking = {("cpu", "tune"): Pace(asked=3)}
     assert told.commands() == []
+
+
+# ---- asking those who take their time ----
+
+SIXTEEN = tuple(Slot(str(number), "cpu") for number in range(16))
+MIND = ("mind", "tune")
+
+
+def slow(proposal_s: float = 0.0, *, asked: int = 0, parallel: int = 32, **others: Any) -> Pace:
+    return Pace(asked=asked, parallel=parallel, places=parallel, proposal_s=proposal_s, **others)
+
+
+def counts(told: Told) -> dict[str, int]:
+    """What each proposer is asked for now."""
+    return {command.proposer: command.count for command in told.commands() if isinstance(command, Ask)}
+
+
+def all_busy(told: Told) -> None:
+    """Puts a run on every slot, and none of them ends."""
+    for slot in told.slots:
+        told.start(f"{told.candidate()}-screen", slot=slot.id)
+
+
+@pytest.mark.parametrize("trials", [0.0, 0.25, 0.9, 1.5])
+def test_a_slow_proposer_is_asked_for_a_line_and_for_what_the_slots_take_meanwhile(trials: float):
+    told = ready(slots=SIXTEEN, proposers=MIND, noise_share=0.0)
+    all_busy(told)
+    told.asking = {("cpu", "mind"): slow(trials * TRIAL_S, parallel=99)}
+    assert counts(told)["mind"] == 16 + math.ceil(16 * trials)
+    told.asking = {("cpu", "mind"): slow(trials * TRIAL_S, parallel=99, asked=9)}
+    told.candidate(proposer="mind")
+    assert counts(told)["mind"] == 16 + math.ceil(16 * trials) - 9 - 1
+
+
+def test_a_slow_proposer_is_asked_for_no_more_at_once_than_it_works_on():
+    told = ready(slots=SIXTEEN, proposers=MIND)
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, parallel=8)}
+    assert counts(told) == {"mind": 8, "tune": 32}
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, parallel=8, asked=5)}
+    assert counts(told)["mind"] == 3
+    told.asking = {("cpu", "mind"): replace(slow(TRIAL_S, parallel=8), places=1)}
+    assert counts(told)["mind"] == 1  # to see whether it works again
+
+
+def test_profiles_share_what_a_slow_proposer_works_on_by_their_slots():
+    told = Told(slots=(*SIXTEEN[:12], *(Slot(f"g{number}", GPU.slug) for number in range(4))), proposers=MIND)
+    told.begin(CPU, GPU)
+    told.asking = {(slug, "mind"): slow(parallel=8) for slug in ("cpu", GPU.slug)}
+    asked = {(ask.profile, ask.count) for ask in told.commands() if isinstance(ask, Ask) and ask.proposer == "mind"}
+    assert asked == {("cpu", 6), (GPU.slug, 2)}
+
+
+def test_a_quick_proposer_fills_the_line_while_a_slow_one_in_front_thinks_and_starves_nobody():
+    told = ready(slots=SIXTEEN, proposers=MIND, noise_share=0.0)
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
+    assert counts(told) == {"tune": 32}
+    all_busy(told)
+    for _ in range(16):
+        told.candidate()
+    told.asking = {("cpu", "mind"): slow(TRIAL_S)}
+    assert counts(told) == {"mind": 32}  # the line is full, but not of its own
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
+    assert counts(told) == {}
+
+
+def test_a_slow_proposer_beside_others_is_asked_for_its_share():
+    told = ready(slots=SIXTEEN, proposers=("tune", "mind"))
+    told.asking = {("cpu", "mind"): slow(TRIAL_S)}
+    assert counts(told) == {"tune": 32, "mind": 8}
+
+
+def test_who_answers_one_by_one_and_late_is_slow_as_well():
+    told = ready(slots=SIXTEEN, proposers=("local", "tune"))
+    told.asking = {("cpu", "local"): slow(TRIAL_S / 4, parallel=1)}
+    assert counts(told) == {"local": 36, "tune": 32}
+    told.asking = {("cpu", "local"): slow(TRIAL_S / 4, parallel=1, asked=1)}
+    assert counts(told) == {"tune": 32}
+    told.asking = {("cpu", "local"): slow(TRIAL_S / 99, parallel=1, asked=1)}
+    assert counts(told) == {"tune": 4}  # the first one keeps the line
+
+
+@pytest.mark.parametrize("failing", [{"trouble": "no connection"}, {"is_out": True}])
+def test_when_the_first_proposer_rests_others_take_its_place(failing: dict[str, Any]):
+    told = ready(slots=SIXTEEN, proposers=("tune", "mind", "transfer"))
+    told.asking = {("cpu", "tune"): Pace(rests=True, **failing), ("cpu", "mind"): slow()}
+    assert counts(told) == {"mind": 32, "transfer": 32}
+    told.asking = {("cpu", "tune"): Pace(rests=True), ("cpu", "mind"): slow()}
+    assert counts(told) == {"mind": 4, "transfer": 32}  # a pause of a moment is no matter for a slow one
+
+
+def test_what_is_left_of_a_limit_goes_to_slow_proposers_in_part_while_slots_need_work():
+    told = ready(slots=SIXTEEN, proposers=MIND, max_trials=8)
+    told.asking = {("cpu", "mind"): slow()}
+    assert counts(told) == {"mind": 4, "tune": 4}
+    told.asking = {("cpu", "mind"): slow(), ("cpu", "tune"): Pace(rests=True)}
+    assert counts(told) == {"mind": 8}
+
+
+def test_a_slow_answer_is_not_waited_for_after_the_time_limit():
+    told = ready(proposers=MIND)
+    told.asking = {("cpu", "mind"): slow(asked=2)}
+    assert told.commands(accepting=False) == [Finish("the time limit has passed")]
+
+
+def test_a_search_without_ideas_ends_with_what_kept_its_proposers_from_having_any():
+    told = ready(proposers=MIND)
+    asking = {("cpu", "mind"): slow(is_out=True, trouble="$5.00 of $5.00 are spent; raise --max-usd")}
+    assert out_of_ideas(told.study, ["cpu"], asking) is None
+    finish = out_of_ideas(told.study, ["cpu"], {**asking, ("cpu", "tune"): Pace(is_out=True)})
+    assert finish == Finish(
+        "no proposer has anything new to try; mind: $5.00 of $5.00 are spent; raise --max-usd",
+    )
 
 
 def test_proposals_are_made_commits_before_anything_else():
