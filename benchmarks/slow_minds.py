@@ -25,7 +25,7 @@ LIMIT_S = 600.0
 
 
 class SlowMind(Proposer):
-    """A searcher that passes for a language model: asked one by one, and out of order now and then.
+    """A searcher that passes for a language model: asked for one proposal at a time, and failing now and then.
 
     Args:
         parallel: Asks that it works on at once.
@@ -137,9 +137,8 @@ def main() -> None:
     arguments = parser.parse_args()
     started = time.monotonic()
     print(f"{arguments.slots} slots, {arguments.hours:g} h, {arguments.latency_s:g} s a proposal")
-    print(
-        f"{'proposers':<12} {'parallel':>8} {'of its asks':<14} {'idle':>7} {'after baseline':>15} {'its first runs':>15}"
-    )
+    titles = f"{'idle':>7} {'after baseline':>15} {'its first runs':>15}"
+    print(f"{'proposers':<12} {'parallel':>8} {'of its asks':<14} {titles}")
     with ProcessPoolExecutor(arguments.processes) as pool:
         for task in tasks(arguments):
             found = list(pool.map(Task.run, [replace(task, seed=seed) for seed in range(arguments.seeds)]))

@@ -172,12 +172,12 @@ class _Threads:
         """Does it as soon as a thread is free, in the order of the calls; a thread ends after work that gives False."""
         self._work.put(work)
         if self._started < self._count:
-            self.add()
+            self._start()
 
-    def add(self) -> None:
+    def replace_one(self) -> None:
         """One more thread, in place of one that hangs: that one ends when it wakes."""
-        self._started += 1
-        threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True).start()
+        self._count += 1
+        self._start()
 
     def close(self) -> None:
         """Forgets what has not begun, and lets the threads end."""
@@ -188,6 +188,10 @@ class _Threads:
             pass
         for _ in range(self._started):
             self._work.put(None)
+
+    def _start(self) -> None:
+        self._started += 1
+        threading.Thread(target=self._serve, name=f"{self._name}-{self._started}", daemon=True).start()
 
     def _serve(self) -> None:
         while (work := self._work.get()) is not None and work():
@@ -263,7 +267,7 @@ class Asker(AnyAsker):
                 ask.given_up = ask.ended_at is None
             if ask.given_up:
                 self._asks.remove(ask)
-                self._threads.add()
+                self._threads.replace_one()
                 answers.append(self.gave_up(ask.request))
         return answers
 
