@@ -483,7 +483,7 @@ def out_of_ideas(study: Study, served: Iterable[str], asking: Asking) -> Finish 
         if lane.refusals < MOST_REFUSALS and not _is_full(study, lane)
         for name in _askable(study, lane)
     ]
-    if not all(pace.is_out for _, pace in asked):
+    if not all(pace.is_out and not pace.asked for _, pace in asked):
         return None
     troubles = dict.fromkeys(f"{name}: {pace.trouble}" for name, pace in asked if pace.trouble)
     return Finish("; ".join(["no proposer has anything new to try", *troubles]))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from toy import Clock
@@ -382,5 +383,6 @@ print("the end")
 @pytest.mark.parametrize("parallel", [1, 4])
 def test_the_program_ends_while_a_proposer_hangs(parallel: int, how: str):
     command = [sys.executable, "-c", HANGING, str(parallel), how]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False, cwd=root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")

@@ -955,3 +955,4 @@ def test_a_search_ends_when_those_that_may_be_asked_have_no_ideas():
     assert out_of_ideas(told.study, ["cpu"], {("cpu", "ablate"): Pace(is_out=True)}) is None
     finish = out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): Pace(is_out=True)})
     assert finish == Finish("no proposer has anything new to try")
+    assert out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): Pace(asked=1, is_out=True)}) is None

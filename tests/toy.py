@@ -168,6 +168,7 @@ class Toy:
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
     coordinator: Coordinator = field(init=False)
+    said: io.StringIO = field(default_factory=io.StringIO)  # by the console
 
     @property
     def folder(self) -> Folder:
@@ -212,7 +213,7 @@ class Toy:
                 repo=repo,
                 executor=self.executor,
                 askers=[Asker(proposer, self.clock)],
-                console=Console(self.study, name="toy", metric="score", stream=io.StringIO()),
+                console=Console(self.study, name="toy", metric="score", stream=self.said),
                 session=Session("toy", "session"),
                 clock=self.clock,
             )
