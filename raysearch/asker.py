@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from raysearch.errors import UserError
 from raysearch.pace import Pace, Standing
 from raysearch.proposers import Idea, NoIdea, Proposer, Request, SpentUp, Told
 
@@ -106,7 +107,8 @@ class AnyAsker:
         if isinstance(result, SpentUp):
             self.standing.retire(line_of(result))
         if isinstance(result, BaseException):
-            return self._settled(Answer(request, [], seconds, line_of(result)))
+            hopeless = isinstance(result, UserError)
+            return self._settled(Answer(request, [], seconds, line_of(result)), is_hopeless=hopeless)
         return self._settled(Answer(request, result, seconds))
 
     def gave_up(self, request: Request) -> Answer:
@@ -121,7 +123,7 @@ class AnyAsker:
         ideas = [] if isinstance(result, BaseException) else [_late(idea, seconds) for idea in result if idea.cost_usd]
         return [Answer(request, ideas, seconds)] if ideas else []
 
-    def _settled(self, answer: Answer) -> Answer:
+    def _settled(self, answer: Answer, *, is_hopeless: bool = False) -> Answer:
         ideas = sum(isinstance(idea, Idea) for idea in answer.ideas)
         self.standing.answered(
             answer.request.profile,
@@ -129,8 +131,9 @@ class AnyAsker:
             ideas=ideas,
             useless=len(answer.ideas) - ideas,
             seconds=answer.seconds,
-            failure=answer.failure,
             now=self._clock(),
+            failure=answer.failure,
+            is_hopeless=is_hopeless,
         )
         return answer
 
@@ -151,8 +154,8 @@ def _late(idea: Idea | NoIdea, seconds: float) -> NoIdea:
 def line_of(error: BaseException) -> str:
     """What went wrong, in one line."""
     lines = str(error).splitlines()
-    if isinstance(error, SpentUp):
-        return lines[0] if lines else "it may spend no more"
+    if lines and isinstance(error, SpentUp | UserError):
+        return lines[0]  # it is written for people
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

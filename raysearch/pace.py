@@ -29,7 +29,7 @@ class Pace:
         proposal_s: Seconds of asking for one proposal, what came to nothing included; 0 before anything came.
         rests: Whether it is not to be asked now.
         is_out: Whether no idea is expected of it.
-        trouble: One line that says why, if it failed again and again or may spend no more.
+        trouble: One line that says why, if it fails again and again or may spend no more.
     """
 
     asked: int = 0
@@ -89,7 +89,8 @@ class Standing:
         self._lines: dict[str, _Line] = {}
         self._breaker = Breaker()
         self._retired = ""
-        self._failure = ""  # the last one
+        self._failure = ""  # of the last ask, if it failed
+        self._said = ""  # the failure that the console heard of last
         self._seconds: float | None = None  # of an ask, and ideas that came of it: running means
         self._ideas = 0.0
         self._notes: list[str] = []
@@ -101,7 +102,16 @@ class Standing:
         self._line(profile).asked += count
 
     def answered(
-        self, profile: str, *, count: int, ideas: int, useless: int, seconds: float, failure: str, now: float
+        self,
+        profile: str,
+        *,
+        count: int,
+        ideas: int,
+        useless: int,
+        seconds: float,
+        now: float,
+        failure: str = "",
+        is_hopeless: bool = False,
     ) -> None:
         """What came of an ask.
 
@@ -111,8 +121,9 @@ class Standing:
             ideas: Those that came.
             useless: Answers that are none.
             seconds: That it took.
-            failure: One line if the proposer failed, else empty.
             now: Unix time.
+            failure: One line if the proposer failed, else empty.
+            is_hopeless: Whether time mends no such failure.
         """
         line = self._line(profile)
         line.asked -= count
@@ -121,10 +132,13 @@ class Standing:
         weight = 1.0 if self._seconds is None else RECENT
         self._seconds = (1 - weight) * (self._seconds or 0.0) + weight * seconds
         self._ideas = (1 - weight) * self._ideas + weight * ideas
-        if failure:
+        self._failure = failure
+        if failure and not is_hopeless:
             self._fail(failure, now)
         else:
             self._work()
+        if is_hopeless:
+            self._say(failure)
         if ideas:
             line.fruitless, line.empty, line.not_before = 0, 0, 0.0
             return
@@ -136,7 +150,7 @@ class Standing:
         """It is not asked again in this session; the reason is one line."""
         if not self._retired:
             self._retired = reason
-            self._notes.append(f"proposer {self._name} is not asked any more: {reason}")
+            self.note(f"is not asked any more: {reason}")
 
     def retry(self, profile: str) -> None:
         """Ends the profile's pause: something new is known. That a proposer is left alone does not end by that."""
@@ -149,13 +163,17 @@ class Standing:
 
     def _fail(self, failure: str, now: float) -> None:
         before, self._breaker = self._breaker, self._breaker.failed(now)
-        if not before.failures and failure != self._failure:
-            self.note(f"failed and is asked again later: {failure}")
+        if not before.failures:
+            self._say(failure)
         elif self._breaker.breaks == 1 and not before.breaks:
             minutes = round(BREAK_S[0] / 60)
             times = self._breaker.failures
             self.note(f"failed {times} times in a row, the last: {failure}; it is asked again in {minutes} min")
-        self._failure = failure
+
+    def _say(self, failure: str) -> None:
+        if failure != self._said:
+            self.note(f"failed and is asked again later: {failure}")
+        self._said = failure
 
     def _work(self) -> None:
         if self._breaker.breaks:
@@ -177,7 +195,7 @@ class Standing:
             proposal_s=(self._seconds or 0.0) / max(LEAST_YIELD, self._ideas),
             rests=bool(self._retired) or tried or now < self.ready_at(profile),
             is_out=bool(self._retired) or breaks >= PATIENCE or (useless and not breaks),
-            trouble=self._retired or (self._failure if breaks else ""),
+            trouble=self._retired or (self._failure if breaks or useless else ""),
         )
 
     def ready_at(self, profile: str) -> float:

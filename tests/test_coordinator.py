@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from toy import PROGRAM, SIGMA, Toy, audit, cpu, gpu, true_score
 
+from raysearch.errors import UserError
 from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
 from raysearch.model import Event, Measurement, Operator, Outcome, Record, Verdict
@@ -428,7 +429,7 @@ class Down(Silent):
         if number < self.failures:
             raise ConnectionError(f"no route, {number}")
         source = request.files["train.py"]
-        patch = unified_diff("train.py", source, re.sub("= 0.003", f"= {0.004 + number / 1000}", source))
+        patch = unified_diff("train.py", source, re.sub("LR = [0-9.]+", f"LR = {0.004 + number / 1000}", source))
         return [Idea(patch, Operator.DRAFT, "another step size", "down")]
 
 
@@ -449,6 +450,25 @@ def test_a_service_that_stays_down_ends_a_study_that_has_nobody_else(tmp_path: P
     reason = toy.drive(trials=3)
     assert re.fullmatch(r"no proposer has anything new to try; down: ConnectionError: no route, \d+", reason)
     assert 10 * 60 < toy.clock() - began < 60 * 60
+
+
+class Misfit(Silent):
+    """Cannot work with the program that it is given."""
+
+    name = "misfit"
+
+    def ask(self, request: Request) -> list[Idea]:
+        raise UserError("searcher 'x' does not know knobs that are words; take another one with --searcher")
+
+
+def test_a_proposer_that_can_do_nothing_with_the_program_ends_the_study_soon_and_says_why(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Misfit())
+    began = toy.clock()
+    assert toy.drive() == (
+        "no proposer has anything new to try; misfit: "
+        "searcher 'x' does not know knobs that are words; take another one with --searcher"
+    )
+    assert toy.clock() - began < 5 * 60
 
 
 def test_false_keeps_are_rare(tmp_path: Path):

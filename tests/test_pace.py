@@ -32,11 +32,9 @@ class Desk:
         self.answer(profile, **result)
 
     def answer(
-        self, profile: str = "cpu", *, ideas: int = 0, useless: int = 0, seconds: float = 1.0, failure: str = ""
+        self, profile: str = "cpu", *, ideas: int = 0, useless: int = 0, seconds: float = 1.0, **failed: Any
     ) -> None:
-        self.standing.answered(
-            profile, count=1, ideas=ideas, useless=useless, seconds=seconds, failure=failure, now=self.now
-        )
+        self.standing.answered(profile, count=1, ideas=ideas, useless=useless, seconds=seconds, now=self.now, **failed)
 
     def rest(self, profile: str = "cpu") -> float:
         """Waits until it may be asked again; gives the seconds."""
@@ -118,6 +116,16 @@ def test_a_failure_that_comes_and_goes_is_said_once():
         desk.ask("cpu", failure="KeyError: 'LR'")
         desk.ask("gpu", ideas=1)
     assert len(desk.standing.notes()) == 1
+
+
+def test_a_failure_that_time_does_not_mend_is_not_waited_for():
+    desk = Desk()
+    for _ in range(NO_IDEAS_AFTER):
+        desk.ask(failure="no such model", is_hopeless=True)
+    assert desk.pace().is_out
+    assert desk.pace().trouble == "no such model"
+    assert desk.rest() < BREAK_S[0]
+    assert desk.standing.notes() == ["proposer chat failed and is asked again later: no such model"]
 
 
 # ---- who is out of ideas ----
