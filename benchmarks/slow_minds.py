@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class SlowMind(Proposer):
         self._failing = failing
         self._chance = random.Random(f"mind {seed}")
         self._tune = TuneProposer(searcher="random", seed=seed + 1000)
+        self._lock = threading.Lock()  # a searcher is for one thread
 
     def ask(self, request: Request) -> list[Idea]:
         """What the searcher says, in its own name.
@@ -48,14 +50,16 @@ class SlowMind(Proposer):
         Raises:
             ConnectionError: Now and then.
         """
-        if self._chance.random() < self._failing:
-            raise ConnectionError("the service is overloaded")
-        ideas = self._tune.ask(request)
+        with self._lock:
+            if self._chance.random() < self._failing:
+                raise ConnectionError("the service is overloaded")
+            ideas = self._tune.ask(request)
         return [replace(idea, proposer=self.name, operator=Operator.DRAFT) for idea in ideas]
 
     def tell(self, told: Told) -> None:
         """Learns as the searcher does."""
-        self._tune.tell(told)
+        with self._lock:
+            self._tune.tell(told)
 
 
 @dataclass(frozen=True)

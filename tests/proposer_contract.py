@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from toy import Clock
@@ -154,12 +154,15 @@ class Gated(Proposer):
         self.proposer.tell(told)
         self.told.set()
 
-    def close(self) -> None:
-        self.proposer.close()
-
 
 class Contract:
-    """What holds of every proposer. Subclasses give `make`, a fixture: a proposer by its seed."""
+    """What holds of every proposer. Subclasses give `make`, a fixture: a proposer by its seed.
+
+    Attributes:
+        rounds: Asks after which no more is expected of a proposer that always has another idea.
+    """
+
+    rounds: ClassVar[int] = 20
 
     @pytest.fixture
     def make(self) -> Make:
@@ -199,7 +202,7 @@ class Contract:
 
     def test_nothing_known_is_proposed(self, proposer: Proposer):
         known, sources = set(full_request().known), set[str]()
-        for _ in range(20):  # a searcher goes on for long
+        for _ in range(self.rounds):
             request = full_request(2, known=frozenset(known), sources=frozenset(sources))
             answers = proposer.ask(request)
             for program in checked(proposer, answers, request.files):
@@ -273,10 +276,16 @@ class Contract:
         assert asker.notes() == []
         asker.close()
 
-    def test_an_end_of_the_study_does_not_wait_for_it(self, gated: Gated):
+    def test_an_end_of_the_study_does_not_wait_for_an_ask(self, gated: Gated):
         asker = Asker(gated, Clock())
         asker.ask(full_request(2))
         assert gated.asking.acquire(timeout=WAIT_S)
         asker.close()
         assert asker.notes() == []
         assert not gated.gate.is_set()
+
+    def test_it_can_be_closed_while_it_is_asked(self, make: Make):
+        asker = Asker(make(1), Clock())
+        asker.ask(full_request(2))
+        asker.close()
+        assert asker.notes() == []  # neither did it fail to end, nor did it take its time

@@ -22,6 +22,7 @@ from ray.tune import search
 from ray.tune.search import Searcher
 from toy import ideas_of
 
+from benchmarks.slow_minds import SlowMind
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
@@ -193,6 +194,12 @@ class TestWithoutAModel(Contract):
         request = full_request(files=plain, origin={}, elsewhere=(), unmerged=())
         assert make(5).ask(request) == []
         assert make(5).ask(full_request(files=plain, origin=plain)) == []
+
+
+class TestSeveralAsksAtOnce(Contract):
+    @pytest.fixture
+    def make(self) -> Make:
+        return lambda seed: SlowMind(parallel=4, seed=seed)
 
 
 @pytest.mark.parametrize("name", [name for name in PROPOSERS if name != "tune"])

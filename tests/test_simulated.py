@@ -656,9 +656,9 @@ def test_no_slot_waits_for_a_proposer_that_takes_minutes_fails_or_hangs(parallel
 
 
 def test_a_proposer_that_takes_minutes_feeds_the_slots_alone_when_it_works_on_enough_at_once():
-    found = Task(16, alone=True, hours=1.5).run()
+    found = Task(16, alone=True, hours=1.0).run()
     assert found.idle_later < 0.01 < found.idle  # before it has answered for the first time there is nothing to run
-    assert Task(4, alone=True, hours=1.5).run().idle_later > 0.3
+    assert Task(4, alone=True, hours=1.0).run().idle_later > 0.3
 
 
 def test_crashes_and_losses_are_survived():

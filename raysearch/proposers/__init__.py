@@ -147,4 +147,4 @@ class Proposer(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what is in flight, within seconds: whatever still asks raises or returns nothing. Called at the end."""
+        """Ends what is in flight, soon: whatever still asks raises or returns nothing. Called once, at the end."""
