@@ -240,11 +240,8 @@ def told(study: Study, record: Record, metric: str) -> str:
             line = f"verdict {event.candidate} {event.verdict.value}: {event.reason}"
         case RatchetMoved() as event:
             line = _told_move(study, event, metric)
-        case SlotSetAside() as event:
-            again = f"; {plural(len(event.repeat), 'trial')} run again elsewhere" if event.repeat else ""
-            line = f"slot {event.slot} set aside: {event.reason}{again}"
-        case SlotRestored() as event:
-            line = f"slot {event.slot} gets trials again"
+        case SlotSetAside() | SlotRestored() as event:
+            line = _told_slot(event)
         case _:
             pass
     return line
@@ -255,6 +252,13 @@ def _directions(file: str, text: str) -> str:
         return described(parse(text, where=file))
     except UserError as error:  # another version's
         return str(error)
+
+
+def _told_slot(event: SlotSetAside | SlotRestored) -> str:
+    if isinstance(event, SlotRestored):
+        return f"slot {event.slot} gets trials again"
+    again = f"; {plural(len(event.repeat), 'trial')} run again elsewhere" if event.repeat else ""
+    return f"slot {event.slot} set aside: {event.reason}{again}"
 
 
 def _about(study: Study, trial: Trial) -> str:

@@ -170,6 +170,8 @@ class Coordinator:
         finally:
             for asker in self._askers.values():
                 asker.close()
+                for line in asker.notes():
+                    self._console.note(line)
 
     def _loop(self) -> str:
         said_draining = False
@@ -190,29 +192,23 @@ class Coordinator:
 
     def _next_commands(self) -> list[Command]:
         accepting = self._session.deadline is None or self._clock() < self._session.deadline
-        asking = {
-            (profile, name): count
-            for name, asker in self._askers.items()
-            for profile, count in asker.outstanding().items()
-        }
+        asking = {(slug, name): asker.pace(slug) for name, asker in self._askers.items() for slug in self._study.lanes}
+        late = self._late()
         commands = next_commands(
             self._study,
             self._slots_by_profile(),
             asking=asking,
             accepting=accepting,
-            late=self._late(),
+            late=late,
             draining=self._draining,
         )
-        if not commands and self._out_of_ideas():
-            return [Finish("no proposer has anything new to try")]
+        served = {self._profile_of[slot_id] for slot_id in self._slots}
+        finish = None if commands else plan.out_of_ideas(self._study, served, asking, late=late)
+        if finish:
+            return [finish]
         if self._failed_slots and not self._slots and self._executor.starting() == 0:
             raise UserError(f"no slot can be used: {self._failed_slots[-1]}")
         return commands
-
-    def _out_of_ideas(self) -> bool:
-        served = {self._profile_of[slot_id] for slot_id in self._slots}
-        fruitless = {(slug, name): asker.fruitless(slug) for slug in served for name, asker in self._askers.items()}
-        return plan.is_out_of_ideas(self._study, served, fruitless, late=self._late())
 
     def _late(self) -> set[str]:
         """Profiles for which this session has had the hours that their directions give it."""
@@ -223,8 +219,8 @@ class Coordinator:
     def _wait(self, timeout_s: float) -> None:
         for report in self._executor.poll(timeout_s):
             self._handle(report)
-        for name, asker in self._askers.items():
-            self._take_answers(name, asker)
+        for asker in self._askers.values():
+            self._take_answers(asker)
         if self._clock() - self._inbox_at >= INBOX_EVERY_S:
             self._inbox_at = self._clock()
             self._take_directions()
@@ -232,18 +228,16 @@ class Coordinator:
         slots = self._slots_by_profile()
         self._console.refresh(self._clock(), slots=slots, progress=self._progress, draining=self._draining)
 
-    def _take_answers(self, name: str, asker: Asking) -> None:
+    def _take_answers(self, asker: Asking) -> None:
         for answer in asker.answers():
-            if answer.failure:
-                self._console.note(f"proposer {name} failed and is asked again later: {answer.failure}")
             for idea in answer.ideas:
                 seconds = answer.seconds / len(answer.ideas)
                 if isinstance(idea, NoIdea):
                     self._drop_answer(idea, answer.request.profile, seconds)
                 else:
                     self._propose(idea, answer.request.profile, answer.request.base, seconds)
-        for failure in asker.broken_tells():
-            self._console.note(f"proposer {name} could not be told of a run: {failure}")
+        for line in asker.notes():
+            self._console.note(line)
 
     def _slots_by_profile(self) -> list[Slot]:
         if self._places is None:

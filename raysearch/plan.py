@@ -5,8 +5,9 @@ Which trial goes to which slot is `schedule`'s business; here are verdicts, move
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from raysearch import judge, schedule
@@ -21,10 +22,10 @@ from raysearch.model import (
     Trial,
     Verdict,
 )
+from raysearch.pace import Pace
 from raysearch.schedule import Slot
 from raysearch.study import CandidateState, Lane, Study, TrialState, baseline_id, candidate_number, screen_id
 
-NO_IDEAS_AFTER = 4  # fruitless asks of a proposer in a row, after which it is taken to have none
 MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
@@ -101,7 +102,7 @@ class Finish:
 
 
 Command = StartTrial | Materialise | Conclude | MoveRatchet | Carry | Ask | Finish
-Asking = Mapping[tuple[str, str], int]  # (profile, proposer) -> proposals that were asked for and have not come
+Asking = Mapping[tuple[str, str], Pace]  # (profile, proposer) -> how they stand; as at the start where it is missing
 
 
 def next_commands(
@@ -118,7 +119,7 @@ def next_commands(
     Args:
         study: Its state.
         slots: All slots that are there, busy ones included.
-        asking: Proposals on their way; such a proposer is not asked again.
+        asking: How the proposers stand to the profiles.
         accepting: False when no further proposal is wanted (a time limit has passed).
         late: Profiles for which none is wanted: the time limit of their directions has passed.
         draining: Start nothing; finish when the runs in flight have.
@@ -151,7 +152,8 @@ def next_commands(
         for slug, lane in study.lanes.items():
             if slug in late:
                 continue
-            commands += _asks(study, lane, present.get(slug, 0), len(free.get(slug, ())), asking)
+            here, idle = present.get(slug, 0), len(free.get(slug, ()))
+            commands += _asks(study, lane, present=here, idle=idle, asking=asking, share=here / max(1, len(slots)))
     if not commands and not study.running:
         commands += _ending(study, [study.lanes[slug] for slug in present], asking, late if accepting else set(present))
     return commands
@@ -361,30 +363,77 @@ def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
 # ---- asking and ending ----
 
 
-def _asks(study: Study, lane: Lane, present: int, idle: int, asking: Asking) -> list[Command]:
-    """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next."""
+def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, share: float) -> Iterator[Ask]:
+    """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next.
+
+    The first one that answers at once keeps the line that long, whoever has proposals in it. Those that take their
+    time are asked ahead (docs/adr/0022), for lines of their own: what others have in line does not hold them back.
+
+    Args:
+        study: Its state.
+        lane: The profile's.
+        present: Its slots.
+        idle: Those of them that are free.
+        asking: How the proposers stand.
+        share: Of the slots of all profiles, those of this one.
+    """
     slug = lane.profile.slug
     if not present or lane.blocked or lane.refusals >= MOST_REFUSALS:
-        return []
-    lines = Counter(lane.line.values())
-    limit = study.max_trials(lane)
-    on_its_way = sum(count for (profile, _), count in asking.items() if profile == slug)
-    left = None if limit is None else limit - lane.screens - on_its_way
+        return
+    paces = {name: _pace(asking, slug, name) for name in _askable(study, lane)}
+    names = [name for name, pace in paces.items() if not pace.rests]
+    quick = [name for name in names if _is_quick(paces[name], lane, present)]
+    lead = next((name for name, pace in paces.items() if not pace.is_out and not pace.trouble), None)
+    lines, side = Counter(lane.line.values()), -(-present // SIDE_SHARE)
+    left = _left(study, lane, asking)
     base: str | None = None
-    commands: list[Command] = []
-    for place, proposer in enumerate(_askable(study, lane)):
-        if asking.get((slug, proposer)):
-            continue
-        wanted = idle + present if place == 0 else -(-present // SIDE_SHARE)
-        have = len(lane.line) if place == 0 else lines[proposer]
-        count = wanted - have if left is None else min(wanted - have, left)
-        if count < min(-(-present // BATCH_SHARE), wanted if left is None else max(1, left)):
-            continue  # many are asked for at once: a searcher makes several proposals of one suggestion
-        left = None if left is None else left - count
-        if base is None:
-            base = _commit_of(lane, study.head(lane))
-        commands.append(Ask(slug, proposer, count, base))
-    return commands
+    for name in names:
+        pace = paces[name]
+        if name in quick:
+            target, have = (idle + present, len(lane.line)) if name == quick[0] else (side, lines[name])
+        else:
+            target, slots = (idle + present, present) if name == lead else (side, side)
+            target, have = target + _ahead(pace, lane, slots), lines[name] + pace.asked
+        most = left
+        if left is not None and quick and name not in quick:
+            most = -(-left // 2)  # the slots' next trials cannot wait for it
+        count = _count(pace, wanted=target - have, most=most, present=present, share=share)
+        if count > 0:
+            left = None if left is None else left - count
+            base = base or _commit_of(lane, study.head(lane))
+            yield Ask(slug, name, count, base)
+
+
+def _count(pace: Pace, *, wanted: int, most: int | None, present: int, share: float) -> int:
+    """How many proposals it is worth to ask for now; for none if it is not positive."""
+    count = wanted if most is None else min(wanted, most)
+    if pace.parallel > 1:  # each is an ask of its own
+        return min(count, max(1, round(pace.places * share)) - pace.asked)
+    if pace.asked:
+        return 0
+    least = -(-present // BATCH_SHARE)  # many at once: a searcher makes several proposals of one suggestion
+    return count if count >= (least if most is None else min(least, max(1, most))) else 0
+
+
+def _pace(asking: Asking, profile: str, proposer: str) -> Pace:
+    return asking.get((profile, proposer), Pace())
+
+
+def _left(study: Study, lane: Lane, asking: Asking) -> int | None:
+    """How many proposals may still be asked for, None without a limit."""
+    limit, slug = study.max_trials(lane), lane.profile.slug
+    on_its_way = sum(pace.asked for (profile, _), pace in asking.items() if profile == slug)
+    return None if limit is None else limit - lane.screens - on_its_way
+
+
+def _is_quick(pace: Pace, lane: Lane, slots: int) -> bool:
+    """Whether a proposer makes proposals faster than the slots can take them."""
+    return pace.parallel == 1 and pace.proposal_s * slots <= (lane.wall_s or math.inf)
+
+
+def _ahead(pace: Pace, lane: Lane, slots: int) -> int:
+    """How many proposals the slots take while one is made."""
+    return math.ceil(slots * pace.proposal_s / lane.wall_s) if lane.wall_s else 0
 
 
 def _askable(study: Study, lane: Lane) -> Sequence[str]:
@@ -403,8 +452,11 @@ def _commit_of(lane: Lane, head: CandidateState) -> str:
 def _ending(study: Study, served: Sequence[Lane], asking: Asking, late: Set[str]) -> list[Command]:
     """Whether the search is over, as far as the profiles that have slots go."""
     slugs = {lane.profile.slug for lane in served}
-    asked = any(count for (slug, _), count in asking.items() if slug in slugs)
-    if not served or asked or any(lane.open and not lane.blocked for lane in served):
+    # answers that take their time are not waited for after the time limit, with slots that idle
+    waited = (
+        pace.asked for (slug, _), pace in asking.items() if slug in slugs and (slug not in late or pace.parallel == 1)
+    )
+    if not served or any(waited) or any(lane.open and not lane.blocked for lane in served):
         return []
     if all(lane.blocked for lane in served):
         return [Finish("; ".join(f"{lane.profile.slug} is blocked, {lane.blocked}" for lane in served))]
@@ -428,30 +480,25 @@ def _is_full(study: Study, lane: Lane) -> bool:
     return limit is not None and lane.screens >= limit
 
 
-def is_out_of_ideas(
-    study: Study, served: Iterable[str], fruitless: Mapping[tuple[str, str], int], *, late: Set[str] = frozenset()
-) -> bool:
-    """Whether nothing is open and nobody who can be asked has an idea.
+def out_of_ideas(study: Study, served: Iterable[str], asking: Asking, *, late: Set[str] = frozenset()) -> Finish | None:
+    """The end, if nothing is open and nobody who can be asked has an idea.
 
     Args:
         study: Its state.
         served: Profiles that have slots.
-        fruitless: (profile, proposer) -> how many asks in a row have given nothing.
+        asking: How the proposers stand to them.
         late: See `next_commands`.
     """
     lanes = [study.lanes[slug] for slug in served if not study.lanes[slug].blocked]
     if study.running or not lanes or any(lane.open for lane in lanes):
-        return False
-    return all(
-        lane.refusals >= MOST_REFUSALS
-        or lane.profile.slug in late
-        or _is_full(study, lane)
-        or _has_no_ideas(study, lane, fruitless)
+        return None
+    asked = [
+        (name, _pace(asking, lane.profile.slug, name))
         for lane in lanes
-    )
-
-
-def _has_no_ideas(study: Study, lane: Lane, fruitless: Mapping[tuple[str, str], int]) -> bool:
-    # what was left of a limit may all have been one proposer's to give
-    some = max if study.max_trials(lane) else min
-    return some(fruitless.get((lane.profile.slug, name), 0) for name in _askable(study, lane)) >= NO_IDEAS_AFTER
+        if lane.refusals < MOST_REFUSALS and lane.profile.slug not in late and not _is_full(study, lane)
+        for name in _askable(study, lane)
+    ]
+    if not all(pace.is_out and not pace.asked for _, pace in asked):
+        return None
+    troubles = dict.fromkeys(f"{name}: {pace.trouble}" for name, pace in asked if pace.trouble)
+    return Finish("; ".join(["no proposer has anything new to try", *troubles]))

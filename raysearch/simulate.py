@@ -113,6 +113,7 @@ class Simulated:
         trials: That ended, by purpose.
         outcomes: The same by outcome.
         idle: Share of the slots' time in which nothing ran on them.
+        idle_later: The same from the end of the first baseline run on, when a proposer has had time to think.
         aside: Slots that were set aside.
         study: Its state at the end.
     """
@@ -123,6 +124,7 @@ class Simulated:
     trials: dict[Purpose, int]
     outcomes: dict[Outcome, int]
     idle: float
+    idle_later: float
     aside: tuple[str, ...]
     study: Study = field(compare=False, repr=False)
 
@@ -142,6 +144,7 @@ def simulate(
     options: Mapping[str, Any] | None = None,
     max_trials: int | None = None,
     latency_s: float | Mapping[str, float] = 0.0,
+    hang_rate: Mapping[str, float] | None = None,
     paired: float = 0.3,
     faults: Faults | None = None,
 ) -> Simulated:
@@ -155,7 +158,8 @@ def simulate(
         start: Knob values of the first program, the published baseline by default; see `surrogate.starts`.
         options: Tables of `study.toml` (search, judge) that differ from its defaults.
         max_trials: First runs of each profile, as for `--trials`.
-        latency_s: Mean of what a proposer takes to answer, for all or by name.
+        latency_s: Mean of what an ask takes, for all proposers or by name.
+        hang_rate: Share of the asks that never give an answer, by name.
         paired: See `SimulatedExecutor`.
         faults: See `SimulatedExecutor`.
 
@@ -167,6 +171,7 @@ def simulate(
     began, executor = clock.now, SimulatedExecutor(clock, slots, seed=seed, paired=paired, faults=faults)
     study = Study(replace(config.settings(max_trials), proposers=tuple(proposer.name for proposer in proposers)))
     latencies = latency_s if isinstance(latency_s, Mapping) else {one.name: latency_s for one in proposers}
+    hangs = hang_rate or {}
     with tempfile.TemporaryDirectory(prefix="raysearch-") as temporary:
         folder = Folder(Path(temporary))
         folder.trials.mkdir()
@@ -180,7 +185,13 @@ def simulate(
             repo=repo,
             executor=executor,
             askers=[
-                VirtualAsker(proposer, clock, latency_s=latencies.get(proposer.name, 0.0), seed=seed)
+                VirtualAsker(
+                    proposer,
+                    clock,
+                    latency_s=latencies.get(proposer.name, 0.0),
+                    hang_rate=hangs.get(proposer.name, 0.0),
+                    seed=seed,
+                )
                 for proposer in proposers
             ],
             console=_Silent(study, name=config.name, metric="val_bpb", stream=io.StringIO(), clock=clock),
@@ -205,7 +216,8 @@ def simulate(
         profiles=profiles,
         trials=dict(Counter(state.trial.purpose for state in ended)),
         outcomes=dict(Counter(state.outcome for state in ended if state.outcome is not None)),
-        idle=1 - executor.busy_s(began + seconds) / max(1e-9, _slot_seconds(slots, seconds)),
+        idle=_idle(executor, slots, began=began, since_s=0.0, until_s=seconds),
+        idle_later=_idle(executor, slots, began=began, since_s=_first_baseline_s(study, began), until_s=seconds),
         aside=tuple(study.aside),
         study=study,
     )
@@ -237,6 +249,20 @@ def _ratcheted(
         hours = _slot_seconds(own, at_s) / HOUR_S
         moves.append(Move(proposal.id, proposal.proposer, proposal.operator.value, at_s, hours, before, value))
     return Ratcheted(card.slug, start, _slot_seconds(own, seconds) / HOUR_S, tuple(moves))
+
+
+def _first_baseline_s(study: Study, began: float) -> float:
+    """Seconds after the start when the first baseline run ended."""
+    runs = [run for run in study.trials.values() if run.trial.purpose is Purpose.BASELINE]
+    return min((run.finished_at - began for run in runs if run.finished_at is not None), default=0.0)
+
+
+def _idle(
+    executor: SimulatedExecutor, slots: Sequence[SimulatedSlot], *, began: float, since_s: float, until_s: float
+) -> float:
+    """Share of the slots' time between two times after the start in which nothing ran on them."""
+    there_s = _slot_seconds(slots, until_s) - _slot_seconds(slots, since_s)
+    return 1 - executor.busy_s(began + until_s, since=began + since_s) / max(1e-9, there_s)
 
 
 def _slot_seconds(slots: Sequence[SimulatedSlot], until_s: float) -> float:

@@ -1,8 +1,11 @@
 """The coordinator with everything real but the machine: progress, faults, restarts, people."""
 
+import itertools
+import math
 import random
 import re
 import subprocess
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
 from raysearch.model import Directed, Event, Measurement, Operator, Outcome, Purpose, Record, Verdict
 from raysearch.patches import unified_diff
-from raysearch.proposers import Idea, Proposer, Request, Told, inbox
+from raysearch.proposers import Idea, Proposer, Request, SpentUp, Told, inbox
 from raysearch.runner import RunResult, RunSpec
 from raysearch.study import Study
 
@@ -323,6 +326,153 @@ def test_wins_on_an_old_champion_are_carried_onto_the_new_one_and_measured_there
     ]
     assert not lost
     audit(toy)
+
+
+class Thinker(Silent):
+    """Has three ideas on the first program; two of them come when another one has won."""
+
+    name = "thinker"
+    parallel = 3
+    limit_s = math.inf
+
+    def __init__(self) -> None:
+        self.moved = threading.Event()
+        self.numbers = itertools.count()
+        self.changes = [("DEPTH = 6", "DEPTH = 3"), ("= 0.003", "= 0.1"), ("DEPTH = 6", "DEPTH = 4")]
+
+    def ask(self, request: Request) -> list[Idea]:
+        number = next(self.numbers)
+        if number >= len(self.changes):
+            return []
+        if number:
+            self.moved.wait()
+        old, new = self.changes[number]
+        source = request.files["train.py"]
+        patch = unified_diff("train.py", source, source.replace(old, new))
+        return [Idea(patch, Operator.DRAFT, new, "thinker", cost_usd=0.5)]
+
+    def close(self) -> None:
+        self.moved.set()
+
+
+def test_an_idea_that_was_asked_for_on_an_old_champion_is_carried_onto_the_new_one_or_dropped_with_the_reason(
+    tmp_path: Path,
+):
+    thinker = Thinker()
+
+    def wait_for_the_win(toy: Toy) -> None:
+        if toy.study.lanes and toy.study.lanes["cpu"].wins:
+            thinker.moved.set()
+
+    toy = Toy(tmp_path / "s", proposer=thinker)
+    assert toy.drive(trials=None, meanwhile=wait_for_the_win) == "no proposer has anything new to try"
+    states = list(toy.study.candidates.values())
+    (win, *_) = toy.study.lanes["cpu"].wins
+    first = toy.study.candidates[win.candidate].candidate
+    base = first.proposal.base
+    late = [state for state in states if state.candidate.proposal.base == base and state.id != first.id]
+    ((forward,), (conflict,)) = (
+        [state for state in late if state.candidate.proposal.hypothesis == change] for change in ("= 0.1", "DEPTH = 4")
+    )
+    carried = toy.study.candidates[forward.carried_by or ""]
+    assert carried.base == first.id
+    program = toy.repo().read(carried.candidate.commit, "train.py")
+    assert "DEPTH = 3" in program
+    assert "LR = 0.1" in program
+    assert f"{carried.id}-screen" in toy.study.trials
+    assert f"{forward.id}-screen" not in toy.study.trials  # never run on what it was asked on
+    assert conflict.verdict is Verdict.DISCARD
+    assert conflict.reason.startswith(f"it conflicts with {first.id}: ")
+    assert f"{conflict.id}-screen" not in toy.study.trials
+    assert toy.study.spent_usd == 1.5
+    audit(toy)
+
+
+class Spender(Silent):
+    """Has ideas as long as there is money."""
+
+    name = "spender"
+    parallel = 2
+
+    def __init__(self, ideas: int) -> None:
+        self.numbers = itertools.count(1)
+        self.ideas = ideas
+
+    def ask(self, request: Request) -> list[Idea]:
+        number = next(self.numbers)
+        if number > self.ideas:
+            raise SpentUp("$1.50 of $1.50 are spent; raise --max-usd")
+        source = request.files["train.py"]
+        patch = unified_diff("train.py", source, re.sub("DEPTH = [0-9]+", f"DEPTH = {number}", source))
+        return [Idea(patch, Operator.DRAFT, f"depth {number}", "spender", cost_usd=0.5)]
+
+
+def test_when_all_money_is_spent_the_runs_in_flight_end_and_the_study_says_why_it_ends(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Spender(3))
+    reason = toy.drive(trials=None)
+    assert reason == "no proposer has anything new to try; spender: $1.50 of $1.50 are spent; raise --max-usd"
+    assert toy.said.getvalue().count("proposer spender is not asked any more: $1.50 of $1.50") == 1
+    assert toy.study.spent_usd == 1.5
+    assert toy.study.trials["c0001-screen"].outcome is Outcome.MEASURED
+    assert not toy.study.running
+    audit(toy)
+
+
+class Down(Silent):
+    """A service that cannot be reached for a while."""
+
+    name = "down"
+    parallel = 4
+
+    def __init__(self, failures: float) -> None:
+        self.numbers = itertools.count()
+        self.failures = failures
+
+    def ask(self, request: Request) -> list[Idea]:
+        number = next(self.numbers)
+        if number < self.failures:
+            raise ConnectionError(f"no route, {number}")
+        source = request.files["train.py"]
+        patch = unified_diff("train.py", source, re.sub("LR = [0-9.]+", f"LR = {0.004 + number / 1000}", source))
+        return [Idea(patch, Operator.DRAFT, "another step size", "down")]
+
+
+def test_a_service_that_is_down_for_minutes_is_waited_for_and_the_console_is_not_flooded(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Down(5))
+    assert toy.drive(trials=3) == "all 3 trials are done"
+    lines = [line for line in toy.said.getvalue().splitlines() if "proposer down" in line]
+    assert [line.partition("proposer down ")[2][:25] for line in lines] == [
+        "failed and is asked again",
+        "failed 3 times in a row, ",
+        "works again",
+    ]
+
+
+def test_a_service_that_stays_down_ends_a_study_that_has_nobody_else(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Down(math.inf))
+    began = toy.clock()
+    reason = toy.drive(trials=3)
+    assert re.fullmatch(r"no proposer has anything new to try; down: ConnectionError: no route, \d+", reason)
+    assert 10 * 60 < toy.clock() - began < 60 * 60
+
+
+class Misfit(Silent):
+    """Cannot work with the program that it is given."""
+
+    name = "misfit"
+
+    def ask(self, request: Request) -> list[Idea]:
+        raise UserError("searcher 'x' does not know knobs that are words; take another one with --searcher")
+
+
+def test_a_proposer_that_can_do_nothing_with_the_program_ends_the_study_soon_and_says_why(tmp_path: Path):
+    toy = Toy(tmp_path / "s", proposer=Misfit())
+    began = toy.clock()
+    assert toy.drive() == (
+        "no proposer has anything new to try; misfit: "
+        "searcher 'x' does not know knobs that are words; take another one with --searcher"
+    )
+    assert toy.clock() - began < 5 * 60
 
 
 # ---- the human's directions ----

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PURE = {
     *("errors", "model", "wording", "knobs", "patches"),
     *("judge", "futility", "health", "bandit", "duplicates", "study", "schedule", "plan", "tally"),
-    *("brief", "directions", "yields", "economics", "outline"),
+    *("brief", "directions", "yields", "economics", "outline", "pace"),
 }
 TOP = {"coordinator", "run", "simulate"}
 # what each adapter may import of the package beside the pure modules

@@ -1,8 +1,12 @@
 """What to do next: verdicts, the ratchet, the frontier, wins that have to be carried, asking, slots, the end."""
 
+import math
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from histories import commit_of, gpu_profile
-from told import BASE, CPU, TWO, Told, ready
+from told import BASE, CPU, TRIAL_S, TWO, Told, ready
 
 from raysearch import judge
 from raysearch.model import (
@@ -19,6 +23,7 @@ from raysearch.model import (
     SlotSetAside,
     Verdict,
 )
+from raysearch.pace import Pace
 from raysearch.plan import (
     ASIDE_TRIALS,
     MOST_REFUSALS,
@@ -28,7 +33,7 @@ from raysearch.plan import (
     Finish,
     Materialise,
     MoveRatchet,
-    is_out_of_ideas,
+    out_of_ideas,
 )
 from raysearch.schedule import Slot
 from raysearch.study import Study
@@ -500,9 +505,9 @@ def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own(
 
 def test_nobody_is_asked_again_while_their_answer_is_due_and_others_are():
     told = ready(proposers=("tune", "transfer"))
-    told.asking = {("cpu", "tune"): 1}  # even when fewer were asked for than are wanted now
+    told.asking = {("cpu", "tune"): Pace(asked=1)}  # even when fewer were asked for than are wanted now
     assert told.commands() == [Ask("cpu", "transfer", 1, BASE)]
-    told.asking = {("cpu", "tune"): 0, (GPU.slug, "tune"): 5}
+    told.asking = {("cpu", "tune"): Pace(), (GPU.slug, "tune"): Pace(asked=5)}
     assert [ask.proposer for ask in told.commands() if isinstance(ask, Ask)] == ["tune", "transfer"]
 
 
@@ -529,8 +534,120 @@ def test_the_limit_of_trials_is_one_of_each_profile_and_refusals_do_not_count():
 
 def test_no_more_is_asked_for_than_the_limit_leaves_of_what_others_were_asked_for():
     told = ready(max_trials=3, proposers=("tune", "ablate"))
-    told.asking = {("cpu", "tune"): 3}
+    told.asking = {("cpu", "tune"): Pace(asked=3)}
     assert told.commands() == []
+
+
+# ---- asking those who take their time ----
+
+SIXTEEN = tuple(Slot(str(number), "cpu") for number in range(16))
+MIND = ("mind", "tune")
+
+
+def slow(proposal_s: float = 0.0, *, asked: int = 0, parallel: int = 32, **others: Any) -> Pace:
+    return Pace(asked=asked, parallel=parallel, places=parallel, proposal_s=proposal_s, **others)
+
+
+def counts(told: Told) -> dict[str, int]:
+    """What each proposer is asked for now."""
+    return {command.proposer: command.count for command in told.commands() if isinstance(command, Ask)}
+
+
+def all_busy(told: Told) -> None:
+    """Puts a run on every slot, and none of them ends."""
+    for slot in told.slots:
+        told.start(f"{told.candidate()}-screen", slot=slot.id)
+
+
+@pytest.mark.parametrize("trials", [0.0, 0.25, 0.9, 1.5])
+def test_a_slow_proposer_is_asked_for_a_line_and_for_what_the_slots_take_meanwhile(trials: float):
+    told = ready(slots=SIXTEEN, proposers=MIND, noise_share=0.0)
+    all_busy(told)
+    told.asking = {("cpu", "mind"): slow(trials * TRIAL_S, parallel=99)}
+    assert counts(told)["mind"] == 16 + math.ceil(16 * trials)
+    told.asking = {("cpu", "mind"): slow(trials * TRIAL_S, parallel=99, asked=9)}
+    told.candidate(proposer="mind")
+    assert counts(told)["mind"] == 16 + math.ceil(16 * trials) - 9 - 1
+
+
+def test_a_slow_proposer_is_asked_for_no_more_at_once_than_it_works_on():
+    told = ready(slots=SIXTEEN, proposers=MIND)
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, parallel=8)}
+    assert counts(told) == {"mind": 8, "tune": 32}
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, parallel=8, asked=5)}
+    assert counts(told)["mind"] == 3
+    told.asking = {("cpu", "mind"): replace(slow(TRIAL_S, parallel=8), places=1)}
+    assert counts(told)["mind"] == 1  # to see whether it works again
+
+
+def test_profiles_share_what_a_slow_proposer_works_on_by_their_slots():
+    told = Told(slots=(*SIXTEEN[:12], *(Slot(f"g{number}", GPU.slug) for number in range(4))), proposers=MIND)
+    told.begin(CPU, GPU)
+    told.asking = {(slug, "mind"): slow(parallel=8) for slug in ("cpu", GPU.slug)}
+    asked = {(ask.profile, ask.count) for ask in told.commands() if isinstance(ask, Ask) and ask.proposer == "mind"}
+    assert asked == {("cpu", 6), (GPU.slug, 2)}
+
+
+def test_a_quick_proposer_fills_the_line_while_a_slow_one_in_front_thinks_and_starves_nobody():
+    told = ready(slots=SIXTEEN, proposers=MIND, noise_share=0.0)
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
+    assert counts(told) == {"tune": 32}
+    all_busy(told)
+    for _ in range(16):
+        told.candidate()
+    told.asking = {("cpu", "mind"): slow(TRIAL_S)}
+    assert counts(told) == {"mind": 32}  # the line is full, but not of its own
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
+    assert counts(told) == {}
+
+
+def test_a_slow_proposer_beside_others_is_asked_for_its_share():
+    told = ready(slots=SIXTEEN, proposers=("tune", "mind"))
+    told.asking = {("cpu", "mind"): slow(TRIAL_S)}
+    assert counts(told) == {"tune": 32, "mind": 8}
+
+
+def test_who_answers_one_by_one_and_late_is_slow_as_well():
+    told = ready(slots=SIXTEEN, proposers=("local", "tune"))
+    told.asking = {("cpu", "local"): slow(TRIAL_S / 4, parallel=1)}
+    assert counts(told) == {"local": 36, "tune": 32}
+    told.asking = {("cpu", "local"): slow(TRIAL_S / 4, parallel=1, asked=1)}
+    assert counts(told) == {"tune": 32}
+    told.asking = {("cpu", "local"): slow(TRIAL_S / 99, parallel=1, asked=1)}
+    assert counts(told) == {"tune": 4}  # the first one keeps the line
+
+
+@pytest.mark.parametrize("failing", [{"trouble": "no connection"}, {"is_out": True}])
+def test_when_the_first_proposer_rests_others_take_its_place(failing: dict[str, Any]):
+    told = ready(slots=SIXTEEN, proposers=("tune", "mind", "transfer"))
+    told.asking = {("cpu", "tune"): Pace(rests=True, **failing), ("cpu", "mind"): slow()}
+    assert counts(told) == {"mind": 32, "transfer": 32}
+    told.asking = {("cpu", "tune"): Pace(rests=True), ("cpu", "mind"): slow()}
+    assert counts(told) == {"mind": 4, "transfer": 32}  # a pause of a moment is no matter for a slow one
+
+
+def test_what_is_left_of_a_limit_goes_to_slow_proposers_in_part_while_slots_need_work():
+    told = ready(slots=SIXTEEN, proposers=MIND, max_trials=8)
+    told.asking = {("cpu", "mind"): slow()}
+    assert counts(told) == {"mind": 4, "tune": 4}
+    told.asking = {("cpu", "mind"): slow(), ("cpu", "tune"): Pace(rests=True)}
+    assert counts(told) == {"mind": 8}
+
+
+def test_a_slow_answer_is_not_waited_for_after_the_time_limit():
+    told = ready(proposers=MIND)
+    told.asking = {("cpu", "mind"): slow(asked=2)}
+    assert told.commands(accepting=False) == [Finish("the time limit has passed")]
+
+
+def test_a_search_without_ideas_ends_with_what_kept_its_proposers_from_having_any():
+    told = ready(proposers=MIND)
+    asking = {("cpu", "mind"): slow(is_out=True, trouble="$5.00 of $5.00 are spent; raise --max-usd")}
+    assert out_of_ideas(told.study, ["cpu"], asking) is None
+    finish = out_of_ideas(told.study, ["cpu"], {**asking, ("cpu", "tune"): Pace(is_out=True)})
+    assert finish == Finish(
+        "no proposer has anything new to try; mind: $5.00 of $5.00 are spent; raise --max-usd",
+    )
 
 
 def test_proposals_are_made_commits_before_anything_else():
@@ -589,7 +706,8 @@ def test_who_is_called_by_a_forbidden_operator_is_not_asked_and_the_next_has_mos
     direct(told, "forbidden = ['tune']")
     assert told.commands() == [Ask("cpu", "combine", 4, BASE), Ask("cpu", "transfer", 1, BASE)]
     direct(told, "forbidden = ['tune', 'combine', 'transfer']")
-    assert is_out_of_ideas(told.study, ["cpu"], {("cpu", name): 4 for name in told.study.settings.proposers})
+    silent = {("cpu", name): Pace(is_out=True) for name in told.study.settings.proposers}
+    assert out_of_ideas(told.study, ["cpu"], silent)
 
 
 def test_a_profile_whose_hours_are_over_is_asked_no_more_and_others_are():
@@ -600,8 +718,8 @@ def test_a_profile_whose_hours_are_over_is_asked_no_more_and_others_are():
     late = {"cpu"}
     assert [command.profile for command in told.commands(late=late) if isinstance(command, Ask)] == [GPU.slug]
     served = ["cpu", GPU.slug]
-    assert not is_out_of_ideas(told.study, served, {}, late=late)
-    assert is_out_of_ideas(told.study, served, {(GPU.slug, "tune"): 4}, late=late)
+    assert out_of_ideas(told.study, served, {}, late=late) is None
+    assert out_of_ideas(told.study, served, {(GPU.slug, "tune"): Pace(is_out=True)}, late=late)
     assert told.commands(late={"cpu", GPU.slug}) == [Finish("the time limit has passed")]
 
 
@@ -847,7 +965,7 @@ def test_draining_waits_for_the_runs_in_flight_and_still_decides():
 
 def test_the_answer_to_an_ask_is_waited_for():
     told = ready(max_trials=1)
-    told.asking = {("cpu", "tune"): 1}
+    told.asking = {("cpu", "tune"): Pace(asked=1)}
     assert told.commands(accepting=False) == []
     told.asking = {}
     assert told.commands(accepting=False) == [Finish("the time limit has passed")]
@@ -884,5 +1002,7 @@ def test_nobody_tidies_a_ratchet_of_a_few_steps():
 
 def test_a_search_ends_when_those_that_may_be_asked_have_no_ideas():
     told = ready(proposers=("tune", "ablate"))
-    assert not is_out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): 3})
-    assert is_out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): 4})
+    assert out_of_ideas(told.study, ["cpu"], {("cpu", "ablate"): Pace(is_out=True)}) is None
+    finish = out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): Pace(is_out=True)})
+    assert finish == Finish("no proposer has anything new to try")
+    assert out_of_ideas(told.study, ["cpu"], {("cpu", "tune"): Pace(asked=1, is_out=True)}) is None

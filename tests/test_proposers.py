@@ -1,4 +1,4 @@
-"""One contract for every proposer, then what is particular to the searchers, the inbox and the thread that asks."""
+"""The contract of every proposer, then what is particular to the searchers and the inbox."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from proposer_contract import GROWN, PROGRAM, Contract, full_request, patched, values_of
 from ray.tune import search
 from ray.tune.search import Searcher
-from toy import Clock, ideas_of
+from toy import ideas_of
 
-from raysearch.asker import PAUSE_S, Asker
+from benchmarks.slow_minds import SlowMind
 from raysearch.directions import Directions, Range, parse, refusal
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
-from raysearch.proposers import Idea, Proposer, Request, Step, Told, inbox, tune
+from raysearch.proposers import Idea, Proposer, Request, Told, inbox, tune
 from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.combine import CombineProposer
 from raysearch.proposers.simplify import SimplifyProposer
@@ -35,25 +36,6 @@ from raysearch.proposers.tune import LEARN_ALL, LEAST, PACKAGES, PLACES, REACH, 
 from raysearch.ratchet import Ratchet
 
 MINIMIZE = Direction.MINIMIZE
-
-PROGRAM = '''\
-"""A program."""
-
-LR = 0.02  # in [0.001, 0.3] log: step size
-DEPTH = 6  # in [1, 12]: layers
-WIDTH = 64  # in {16, 32, 48, 64, 96, 128, 192, 256}: units
-HEADS = 4  # in [1, 8]: heads
-MODE = "slow"  # in {"slow", "fast", "odd"}: how
-DECAY = 0.1  # in [0.0, 0.5]: of the weights
-BIAS = True  # in {True, False}: whether there is one
-SEED_WORD = "x"  # no knob
-# rule: WIDTH % HEADS == 0
-# rule: WIDTH * DEPTH <= 1024
-
-
-def train(run):
-    return LR * DEPTH
-'''
 
 
 class Dense(Searcher):
@@ -173,27 +155,6 @@ class Bench:
         return course
 
 
-def values_of(program: str) -> Values:
-    return {name: knob.value for name, knob in read_knobs(program).items()}
-
-
-def patched(old: str, patch: str) -> str:
-    """A patch applied the quick way; that git thinks the same is a test of its own."""
-    lines, result, at = old.splitlines(True), list[str](), 0
-    for line in patch.splitlines(True):
-        if line.startswith("@@"):
-            start = int(line.split()[1].split(",")[0].removeprefix("-")) - 1
-            result += lines[at:start]
-            at = start
-        elif line.startswith((" ", "-")) and not line.startswith("---"):
-            assert lines[at] == line[1:]
-            result += [line[1:]] * line.startswith(" ")
-            at += 1
-        elif line.startswith("+") and not line.startswith("+++"):
-            result.append(line[1:])
-    return "".join(result + lines[at:])
-
-
 def is_near(knob: Knob, value: Value) -> bool:
     if knob.choices:
         numbers = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in knob.choices)
@@ -207,27 +168,8 @@ def is_near(knob: Knob, value: Value) -> bool:
     return abs(value - knob.value) == 1 or min(abs(unit - here) for unit in (*reach, knob.unit(value))) <= REACH + 1e-6
 
 
-# ---- the contract of every proposer ----
+# ---- the contract of every proposer, as those without a model keep it ----
 
-GROWN = rewrite(PROGRAM, {"LR": 0.04137, "DEPTH": 8, "DECAY": 0.1111, "MODE": "fast"}).replace(
-    "    return LR * DEPTH\n", "    gain = 2\n    pass\n    return gain * LR * DEPTH\n\n\ndef unused():\n    return 1\n"
-)
-
-
-def step(before: str, after: str, *, id: str = "s1", delta: float = -0.01, profile: str = "gpu") -> Step:
-    return Step(id, profile, f"why {id}", delta, {"train.py": before}, {"train.py": after})
-
-
-STEPS = (
-    step(PROGRAM, rewrite(PROGRAM, {"LR": 0.03, "HEADS": 2}), id="s1"),
-    step(
-        PROGRAM, PROGRAM.replace("WIDTH = 64", "WIDTH = 32").replace("    return", "    print()\n    return"), id="s2"
-    ),
-)
-WINS = (
-    step(PROGRAM, rewrite(PROGRAM, {"LR": 0.01}), id="w1"),
-    step(PROGRAM, rewrite(PROGRAM, {"DEPTH": 4, "HEADS": 2}), id="w2"),
-)
 PROPOSERS: dict[str, Callable[[int], Proposer]] = {
     "tune": lambda seed: TuneProposer(seed=seed),
     "ablate": lambda seed: AblateProposer(seed=seed),
@@ -237,81 +179,39 @@ PROPOSERS: dict[str, Callable[[int], Proposer]] = {
 }
 
 
-def full_request(count: int = 3, *, files: Mapping[str, str] | None = None, **others: Any) -> Request:
-    """A request in which every proposer finds something to do."""
-    files = files or {"train.py": GROWN}
-    given: dict[str, Any] = {"origin": {"train.py": PROGRAM}, "elsewhere": STEPS, "unmerged": WINS}
-    known = frozenset({fingerprint(files)})
-    return Request(
-        *("cpu", fingerprint(files), files, count), **{"known": known, "direction": MINIMIZE, **given, **others}
-    )
-
-
-@pytest.fixture(params=PROPOSERS)
-def make(request: pytest.FixtureRequest) -> Callable[[int], Proposer]:
-    return PROPOSERS[request.param]
-
-
 Make = Callable[[int], Proposer]
 
 
-def test_git_applies_what_any_proposer_says_and_gets_a_valid_new_program(make: Make, tmp_path: Path):
-    proposer = make(1)
-    repo = Ratchet.create(tmp_path / "repo", {"train.py": GROWN}, message="base", at=0.0)
-    base = repo.resolve("main")
-    ideas = ideas_of(proposer, full_request())
-    assert ideas
-    for idea in ideas:
-        commit = repo.commit_patch(base, idea.patch, editable=("train.py",), message="an idea", at=0.0)
-        program = repo.read(commit, "train.py")
-        assert program == patched(GROWN, idea.patch)
-        assert fingerprint({"train.py": program}) != fingerprint({"train.py": GROWN})
-        assert broken_rule(read_rules(program), values_of(program)) is None  # and every knob is in its range
-        assert "def train(run)" in program
-        assert idea.proposer == proposer.name
-        assert idea.hypothesis
-        assert "\n" not in idea.hypothesis
+class TestWithoutAModel(Contract):
+    @pytest.fixture(params=PROPOSERS)
+    def make(self, request: pytest.FixtureRequest) -> Make:
+        return PROPOSERS[request.param]
+
+    def test_the_same_seed_and_request_give_the_same_ideas(self, make: Make):
+        assert make(3).ask(full_request(4)) == make(3).ask(full_request(4))
+
+    def test_a_request_with_nothing_to_work_on_gives_no_idea(self, make: Make):
+        plain = {"train.py": "def train(run):\n    return run.value()\n"}
+        request = full_request(files=plain, origin={}, elsewhere=(), unmerged=())
+        assert make(5).ask(request) == []
+        assert make(5).ask(full_request(files=plain, origin=plain)) == []
 
 
-def test_nothing_known_is_proposed_and_nothing_twice(make: Make):
-    proposer = make(2)
-    assert proposer.ask(full_request(0)) == []
-    first = full_request(2)
-    known, sources = set(first.known), set[str]()
+class TestSeveralAsksAtOnce(Contract):
+    @pytest.fixture
+    def make(self) -> Make:
+        return lambda seed: SlowMind(parallel=4, seed=seed)
+
+
+@pytest.mark.parametrize("name", [name for name in PROPOSERS if name != "tune"])
+def test_what_was_proposed_is_not_proposed_again_and_then_there_is_nothing(name: str):
+    proposer = PROPOSERS[name](2)
+    known, sources = set(full_request().known), set[str]()
     while ideas := ideas_of(proposer, full_request(2, known=frozenset(known), sources=frozenset(sources))):
-        assert len(ideas) <= 2
-        for idea in ideas:
-            print_ = fingerprint({"train.py": patched(GROWN, idea.patch)})
-            assert print_ not in known
-            assert not idea.source or idea.source not in sources
-            known.add(print_)
-            sources.add(idea.source)
-        if len(known) > 40:  # a searcher goes on for long
-            break
-    late = ideas_of(make(2), full_request(50, known=frozenset(known)))
-    assert known.isdisjoint(fingerprint({"train.py": patched(GROWN, idea.patch)}) for idea in late)
-    if proposer.name != "tune":
-        assert late == []
-        assert make(2).ask(full_request(50, sources=frozenset(sources))) == []
-
-
-def test_the_same_seed_and_request_give_the_same_ideas(make: Make):
-    assert make(3).ask(full_request(4)) == make(3).ask(full_request(4))
-
-
-def test_any_proposer_can_be_told_of_anything(make: Make):
-    proposer = make(4)
-    for outcome in Outcome:
-        value = 0.9 if outcome is Outcome.MEASURED else None
-        proposer.tell(Told("cpu", {"train.py": GROWN}, outcome, value))
-    assert proposer.ask(full_request())
-
-
-def test_a_request_with_nothing_to_work_on_gives_no_idea(make: Make):
-    plain = {"train.py": "def train(run):\n    return run.value()\n"}
-    request = full_request(files=plain, origin={}, elsewhere=(), unmerged=())
-    assert make(5).ask(request) == []
-    assert make(5).ask(full_request(files=plain, origin=plain)) == []
+        known |= {fingerprint({"train.py": patched(GROWN, idea.patch)}) for idea in ideas}
+        sources |= {idea.source for idea in ideas}
+    assert PROPOSERS[name](2).ask(full_request(50, known=frozenset(known))) == []
+    assert PROPOSERS[name](2).ask(full_request(50, sources=frozenset(sources))) == []
 
 
 def any_directions(chance: random.Random) -> Directions:
@@ -978,111 +878,3 @@ def test_a_file_that_is_no_item_is_told_from_the_others(tmp_path: Path, content:
     wrong.write_text(content)
     inbox.take(path)  # a second of that name is kept as well
     assert len(list((tmp_path / "inbox" / "taken").iterdir())) == 2
-
-
-# ---- the thread that asks ----
-
-
-class Scripted(Proposer):
-    """A proposer that answers as it is told to."""
-
-    name = "scripted"
-
-    def __init__(self, *answers: list[Idea] | Exception) -> None:
-        self.answers: Iterator[list[Idea] | Exception] = iter(answers)
-        self.told: list[Told] = []
-
-    def ask(self, request: Request) -> list[Idea]:
-        answer = next(self.answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def tell(self, told: Told) -> None:
-        if told.outcome is Outcome.CRASHED:
-            raise ValueError("cannot learn\nfrom that")
-        self.told.append(told)
-
-
-IDEA = Idea("p", Operator.TUNE, "h", "scripted")
-REQUEST = Request("cpu", "x", {}, 2, frozenset(), Direction.MINIMIZE)
-
-
-def answered(asker: Asker) -> Any:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        if answers := asker.answers():
-            (answer,) = answers
-            return answer
-        time.sleep(0.001)
-    raise AssertionError("no answer")
-
-
-@pytest.fixture
-def ask_of() -> Iterator[Callable[..., tuple[Asker, Clock]]]:
-    askers: list[Asker] = []
-
-    def make(*answers: list[Idea] | Exception) -> tuple[Asker, Clock]:
-        clock = Clock(1000.0)
-        askers.append(Asker(Scripted(*answers), clock))
-        return askers[-1], clock
-
-    yield make
-    for asker in askers:
-        asker.close()
-
-
-AskOf = Callable[..., tuple[Asker, Clock]]
-
-
-def test_an_answer_comes_with_its_request_and_is_outstanding_until_then(ask_of: AskOf):
-    asker, _ = ask_of([IDEA, IDEA])
-    asker.ask(REQUEST)
-    assert asker.outstanding() == {"cpu": 2}
-    answer = answered(asker)
-    assert (answer.request, answer.ideas, answer.failure) == (REQUEST, [IDEA, IDEA], "")
-    assert asker.outstanding() == {}
-    assert not asker.in_flight()
-    assert asker.answers() == []
-
-
-def test_asks_that_give_nothing_are_repeated_ever_more_rarely(ask_of: AskOf):
-    asker, clock = ask_of([], RuntimeError("no connection\nto anything"), *[[]] * 8, [IDEA])
-    pauses: list[float] = []
-    for number in range(10):
-        asker.ask(REQUEST)
-        answer = answered(asker)
-        assert answer.failure == ("RuntimeError: no connection" if number == 1 else "")
-        assert asker.fruitless("cpu") == number + 1
-        before = clock.now
-        while asker.outstanding():
-            assert not asker.in_flight()
-            clock.now += 0.5
-        pauses.append(clock.now - before)
-    assert pauses[:4] == [1.0, 2.0, 4.0, 8.0]
-    assert pauses[-1] == PAUSE_S[1]
-    asker.ask(REQUEST)
-    assert answered(asker).ideas == [IDEA]
-    assert asker.fruitless("cpu") == 0
-    assert asker.outstanding() == {}
-
-
-def test_something_new_ends_a_pause(ask_of: AskOf):
-    asker, _ = ask_of([])
-    asker.ask(REQUEST)
-    answered(asker)
-    assert asker.outstanding() == {"cpu": 2}
-    asker.retry("cpu")
-    asker.retry("gpu")
-    assert asker.outstanding() == {}
-    assert asker.fruitless("cpu") == 0
-
-
-def test_what_goes_wrong_in_telling_is_said_and_does_no_harm(ask_of: AskOf):
-    asker, _ = ask_of([IDEA])
-    asker.tell(lambda: Told("cpu", {}, Outcome.CRASHED, None))
-    asker.tell(lambda: {}["gone"])
-    asker.ask(REQUEST)  # one thread: what was told before has been heard by the time that this is answered
-    assert answered(asker).ideas == [IDEA]
-    assert asker.broken_tells() == ["ValueError: cannot learn", "KeyError: 'gone'"]
-    assert asker.broken_tells() == []

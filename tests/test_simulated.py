@@ -8,10 +8,13 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.slow_minds import Task
+from raysearch.asker import Answer
 from raysearch.errors import UserError
 from raysearch.executors import RunEnded, SlotJoined, SlotLeft
 from raysearch.executors.simulated import (
@@ -42,8 +45,9 @@ from raysearch.executors.surrogate import (
     values_of,
 )
 from raysearch.model import Direction, Operator, Outcome, Purpose
+from raysearch.pace import BREAK_S
 from raysearch.patches import Conflict, Empty, PatchError, unified_diff
-from raysearch.proposers import Idea, Proposer, Request, Told
+from raysearch.proposers import Idea, NoIdea, Proposer, Request, Told
 from raysearch.ratchet import Moved, Ratchet
 from raysearch.runner import RunResult, RunSpec
 from raysearch.simulate import Simulated, fleet, simulate
@@ -323,13 +327,13 @@ def test_an_answer_comes_when_its_time_has():
     asker.ask(request())
     assert asker.answers() == []
     assert asker.in_flight()
-    assert asker.outstanding() == {"h100-80gb": 2}
+    assert asker.pace("h100-80gb").asked == 2
     clock.advance()
     [answer] = asker.answers()
     assert 30.0 <= answer.seconds <= 90.0
     assert answer.ideas
     assert not asker.in_flight()
-    assert asker.outstanding() == {}
+    assert asker.pace("h100-80gb").asked == 0
 
 
 def test_a_proposer_without_latency_answers_at_once_and_its_failures_are_said():
@@ -338,12 +342,74 @@ def test_a_proposer_without_latency_answers_at_once_and_its_failures_are_said():
     asker.ask(request({"other.py": ""}))
     [answer] = asker.answers()
     assert answer.failure == "KeyError: 'train.py'"
-    assert asker.fruitless("h100-80gb") == 1
-    assert asker.outstanding() == {"h100-80gb": 2}  # in its pause
+    assert asker.notes() == ["proposer nudge failed and is asked again later: KeyError: 'train.py'"]
+    assert asker.pace("h100-80gb").rests
     clock.advance()
-    assert asker.outstanding() == {}
+    assert not asker.pace("h100-80gb").rests
     asker.tell(lambda: Told("h100-80gb", {}["gone"], Outcome.CRASHED, None))
-    assert asker.broken_tells() == ["KeyError: 'gone'"]
+    assert asker.notes() == ["proposer nudge could not be told of a run: KeyError: 'gone'"]
+
+
+class Several(Nudge):
+    """A proposer that works on three asks at once; what an idea costs is known."""
+
+    name = "several"
+    parallel = 3
+    limit_s = 600.0
+
+    def ask(self, request: Request) -> list[Idea]:
+        return [replace(idea, cost_usd=0.5) for idea in super().ask(request)]
+
+
+def seconds_of(asker: VirtualAsker, clock: VirtualClock) -> list[tuple[float, int]]:
+    """When answers come, in seconds from now, and for how many proposals each."""
+    began, found = clock(), list[tuple[float, int]]()
+    while asker.in_flight():
+        found += [(clock() - began, answer.request.count) for answer in asker.answers()]
+        clock.advance()
+    return found
+
+
+def test_several_asks_at_once_take_as_long_as_one_and_more_than_that_wait():
+    clock = VirtualClock()
+    asker = VirtualAsker(Several(), clock, latency_s=100.0)
+    asker.ask(replace(request(), count=7))
+    assert asker.pace("h100-80gb").asked == 7
+    found = seconds_of(asker, clock)
+    assert [count for _, count in found] == [1] * 7
+    assert found[2][0] <= 150.0
+    assert 150.0 <= found[-1][0] <= 450.0
+    assert asker.pace("h100-80gb").proposal_s == pytest.approx(100.0, rel=0.5)
+
+
+def test_an_ask_that_hangs_is_given_up_on_the_virtual_clock_as_well():
+    clock = VirtualClock()
+    asker = VirtualAsker(Several(), clock, latency_s=100.0, hang_rate=1.0)
+    asker.ask(replace(request(), count=3))
+    clock.advance()
+    assert clock() == pytest.approx(VirtualClock()() + 600.0)
+    assert [answer.failure for answer in asker.answers()] == ["no answer within 600 s"] * 3
+    assert not asker.in_flight()
+    assert asker.pace("h100-80gb").rests
+    clock.advance()  # to the end of the profile's pause
+    clock.advance()  # to the end of the break
+    assert clock() == pytest.approx(VirtualClock()() + 600.0 + BREAK_S[0])
+    assert asker.pace("h100-80gb").places == 1
+
+
+def test_an_answer_that_comes_after_its_limit_costs_what_it_cost():
+    clock = VirtualClock()
+    asker = VirtualAsker(Several(), clock, latency_s=2000.0)
+    asker.ask(replace(request(), count=3))
+    answers: list[Answer] = []
+    while clock.advance():
+        answers += asker.answers()
+    assert [answer.failure for answer in answers[:3]] == ["no answer within 600 s"] * 3
+    late = [idea for answer in answers[3:] for idea in answer.ideas]
+    assert late
+    for dropped in late:
+        assert isinstance(dropped, NoIdea)
+        assert (dropped.cost_usd, dropped.reason.partition(",")[0]) == (0.5, "it came too late")
 
 
 # ---- the repository in memory ----
@@ -577,6 +643,22 @@ def test_a_slow_proposer_leaves_slots_idle_and_time_does_not_creep():
     quick, slow = study(2.0), study(2.0, latency_s=1500.0)
     assert quick.idle < 0.05 < slow.idle
     assert sum(slow.trials.values()) < sum(quick.trials.values())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "failing", "hanging"), [(8, 0.0, 0.0), (8, 0.5, 0.0), (8, 0.0, 0.5), (32, 0.0, 0.0)]
+)
+def test_no_slot_waits_for_a_proposer_that_takes_minutes_fails_or_hangs(parallel: int, failing: float, hanging: float):
+    found = Task(parallel, failing=failing, hanging=hanging, hours=1.5).run()
+    assert found.idle < 0.01
+    assert found.idle_later < 0.01
+    assert found.share > 0.05  # and its ideas are tried
+
+
+def test_a_proposer_that_takes_minutes_feeds_the_slots_alone_when_it_works_on_enough_at_once():
+    found = Task(16, alone=True, hours=1.0).run()
+    assert found.idle_later < 0.01 < found.idle  # before it has answered for the first time there is nothing to run
+    assert Task(4, alone=True, hours=1.0).run().idle_later > 0.3
 
 
 def test_crashes_and_losses_are_survived():

@@ -29,6 +29,7 @@ from raysearch.model import (
     TrialStarted,
     Verdict,
 )
+from raysearch.pace import Pace
 from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
 from raysearch.schedule import Slot, is_spoilt
 from raysearch.study import Lane, Settings, Study, baseline_id, candidate_id, screen_id
@@ -50,6 +51,8 @@ class Shape:
         failures: Share of runs that fail, baselines excepted.
         drifting: The slot that is slower and gives worse numbers, or none.
         lockstep: Whether most runs end together, as those of one budget do.
+        slow: The proposer that takes longer than a trial for a proposal, or none.
+        parallel: Asks that it works on at once.
     """
 
     settings: Settings
@@ -60,6 +63,8 @@ class Shape:
     failures: float
     drifting: str
     lockstep: bool
+    slow: str = ""
+    parallel: int = 1
 
 
 def random_shape(chance: random.Random) -> Shape:
@@ -87,6 +92,8 @@ def random_shape(chance: random.Random) -> Shape:
         sigma=chance.choice((0.0, 0.01, 0.05)),
         failures=chance.choice((0.0, 0.1, 0.4)),
         drifting=chance.choice(("", *(slot.id for slot in slots))),
+        slow=chance.choice(("", "tune", "agent")),
+        parallel=chance.choice((1, 2, 8)),
         lockstep=chance.random() < 0.4,
     )
 
@@ -102,7 +109,7 @@ class World:
         self.at = START
         self.there = list(self.shape.slots)
         self.truth: dict[str, float] = {}
-        self.asking: dict[tuple[str, str], tuple[int, str]] = {}
+        self.asking: dict[tuple[str, str], list[tuple[int, str]]] = {}  # counts and bases of the asks in flight
         self.fruitless: dict[tuple[str, str], int] = {}
         self.quiet = 0
         self.draining = False
@@ -125,8 +132,7 @@ class World:
 
     def live(self) -> str:
         for _ in range(6000):
-            asking = {key: count for key, (count, _) in self.asking.items()}
-            commands = next_commands(self.study, self.there, asking=asking, draining=self.draining)
+            commands = next_commands(self.study, self.there, asking=self.paces(), draining=self.draining)
             self.check(commands)
             for command in commands:
                 if isinstance(command, Finish):
@@ -137,6 +143,20 @@ class World:
             if not commands or self.chance.random() < 0.3:
                 self.happen()
         raise AssertionError("it does not end")
+
+    def paces(self) -> dict[tuple[str, str], Pace]:
+        """How the proposers stand; one may be slow."""
+        slow = self.shape.slow
+        return {
+            (slug, name): Pace(
+                asked=sum(count for count, _ in self.asking.get((slug, name), ())),
+                parallel=self.shape.parallel if name == slow else 1,
+                places=self.shape.parallel if name == slow else 1,
+                proposal_s=7.0 if name == slow else 0.0,
+            )
+            for slug in self.study.lanes
+            for name in self.shape.settings.proposers
+        }
 
     def out_of_ideas(self) -> bool:
         """What a coordinator is to go by: nothing is open, and nobody who can be asked has an idea."""
@@ -168,9 +188,16 @@ class World:
             assert command.attempt == (known.attempt + 1 if known else 1)
             assert known is None or known.outcome is None
         asks = [command for command in commands if isinstance(command, Ask)]
-        assert not {(command.profile, command.proposer) for command in asks} & set(self.asking)
         for command in asks:
-            assert 0 < command.count <= 2 * sum(slot.profile == command.profile for slot in self.there)
+            assert command.count > 0
+            here = sum(slot.profile == command.profile for slot in self.there)
+            before = self.asking.get((command.profile, command.proposer), [])
+            if command.proposer == self.shape.slow and self.shape.parallel > 1:
+                most = max(1, round(self.shape.parallel * here / len(self.there)))
+                assert command.count + sum(count for count, _ in before) <= most
+            else:
+                assert not before
+                assert command.count <= 2 * here or command.proposer == self.shape.slow
         for lane in study.lanes.values():
             self.check_lane(lane)
         decisions = [command for command in commands if isinstance(command, (Conclude, Materialise, MoveRatchet))]
@@ -256,7 +283,8 @@ class World:
             case Carry():
                 self.carry(command)
             case Ask(slug, proposer, count, base):
-                self.asking[slug, proposer] = (count, base)
+                parts = [1] * count if proposer == self.shape.slow and self.shape.parallel > 1 else [count]
+                self.asking.setdefault((slug, proposer), []).extend((part, base) for part in parts)
             case Finish():
                 raise AssertionError
 
@@ -329,7 +357,10 @@ class World:
 
     def _answer(self) -> None:
         slug, proposer = self.chance.choice(list(self.asking))
-        count, base = self.asking.pop((slug, proposer))
+        asks = self.asking[slug, proposer]
+        count, base = asks.pop(self.chance.randrange(len(asks)))
+        if not asks:
+            del self.asking[slug, proposer]
         ideas = min(self.chance.randint(0, count), self.ideas)
         for _ in range(ideas):
             self.ideas -= 1
@@ -339,7 +370,7 @@ class World:
     def _person(self) -> None:
         slug = self.chance.choice(list(self.study.lanes))
         limit = self.shape.settings.max_trials
-        wanted = sum(count for (asked, _), (count, _) in self.asking.items() if asked == slug)
+        wanted = sum(count for (asked, _), asks in self.asking.items() if asked == slug for count, _ in asks)
         if limit is None or self.study.lanes[slug].screens + wanted < limit:
             self.ideas -= 1
             self.propose(slug, self.study.lanes[slug].champion_commit, "a person")

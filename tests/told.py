@@ -28,6 +28,7 @@ from raysearch.model import (
     TrialStarted,
     Verdict,
 )
+from raysearch.pace import Pace
 from raysearch.plan import Carry, Command, Conclude, MoveRatchet, StartTrial
 from raysearch.schedule import Slot, assign
 from raysearch.study import CandidateState, InvalidTransition, Lane, Settings, Study, candidate_id
@@ -43,7 +44,7 @@ class Told:
 
     Attributes:
         slots: Those that are there.
-        asking: What proposers were asked for.
+        asking: How the proposers stand.
         at: Unix time in seconds of the latest event.
     """
 
@@ -51,7 +52,7 @@ class Told:
         self.study = Study(Settings(**options))
         self.records: list[Record] = []
         self.slots = slots
-        self.asking: dict[tuple[str, str], int] = {}
+        self.asking: dict[tuple[str, str], Pace] = {}
         self.at = 1000.0
 
     def add(self, *events: Event, after_s: float = 0.0) -> None:

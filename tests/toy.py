@@ -174,6 +174,7 @@ class Toy:
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
     coordinator: Coordinator = field(init=False)
+    said: io.StringIO = field(default_factory=io.StringIO)  # by the console
 
     @property
     def folder(self) -> Folder:

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from raysearch.asker import PAUSE_S, Answer
+from raysearch.asker import Answer, AnyAsker, Result, line_of
 from raysearch.errors import UserError
 from raysearch.executors import Report, RunEnded, SlotInfo, SlotJoined, SlotLeft
 from raysearch.executors.surrogate import PATH, Surrogate, point_of, values_of
 from raysearch.knobs import Values
 from raysearch.model import Measurement, Outcome
 from raysearch.patches import Empty, PatchError, is_converted, unified_diff, with_line_ends
-from raysearch.proposers import Idea, NoIdea, Proposer, Request, Told
+from raysearch.proposers import Proposer, Request, Told
 from raysearch.ratchet import GitError, Moved, Ratchet
 from raysearch.runner import RunResult, RunSpec
 
@@ -137,7 +137,7 @@ class SimulatedExecutor:
         self._running: dict[str, RunSpec] = {}  # by slot
         self._since: dict[str, float] = {}  # when they started, by slot
         self._warm: set[str] = set()  # slots that had a run
-        self._busy_s = 0.0
+        self._runs: list[tuple[float, float]] = []  # when those that have ended began and ended
         self._reports: list[Report] = []
         self._sound: dict[str, str] = {}  # each profile's first program, which has no hidden fault
         self.polls = 0
@@ -183,9 +183,10 @@ class SimulatedExecutor:
         """No slot is being set up: each joins ready."""
         return 0
 
-    def busy_s(self, until: float) -> float:
-        """Seconds of slots that runs took, together, up to a Unix time that is not past."""
-        return self._busy_s + sum(until - self._since[slot_id] for slot_id in self._running)
+    def busy_s(self, until: float, *, since: float = 0.0) -> float:
+        """Seconds of slots that runs took, together, from one Unix time to another that is not past."""
+        runs = [*self._runs, *((self._since[slot_id], until) for slot_id in self._running)]
+        return sum(max(0.0, ended - max(since, began)) for began, ended in runs)
 
     def close(self) -> None:
         """Ends all attempts in flight and gives the slots back."""
@@ -209,7 +210,7 @@ class SimulatedExecutor:
     def _end(self, slot_id: str, spec: RunSpec, result: RunResult) -> None:
         if self._running.get(slot_id) is spec:  # else it was ended before its time
             del self._running[slot_id]
-            self._busy_s += self._clock.now - self._since[slot_id]
+            self._runs.append((self._since[slot_id], self._clock.now))
             self._reports.append(RunEnded(spec.trial_id, spec.attempt, result))
 
     # ---- what comes of a run ----
@@ -284,106 +285,99 @@ def _measured(slot: SimulatedSlot, values: Values, value: float, startup_s: floa
 # ---- proposers ----
 
 
-@dataclass
-class _Asked:
-    """An ask whose answer is on its way, or the pause after one that gave nothing."""
-
-    request: Request
-    fruitless: int
-    waiting: bool = True
-    not_before: float = 0.0
-
-
-class VirtualAsker:
-    """Asks one proposer at once, and hands its answer over when a slow one would have come to it.
+class VirtualAsker(AnyAsker):
+    """Asks one proposer at once, and hands its answers over when a slow one would have come to them.
 
     Args:
         proposer: Who is asked; called inline.
         clock: Of the simulation.
-        latency_s: Mean of what an answer takes, drawn anew between half and one and a half of it. One after the other,
-            as in the thread of a real one.
+        latency_s: Mean of what an ask takes, drawn anew between half and one and a half of it. As many at once as the
+            proposer works on, the others after them.
+        hang_rate: Share of the asks that never give an answer.
         seed: Of the latencies.
     """
 
-    def __init__(self, proposer: Proposer, clock: VirtualClock, *, latency_s: float = 0.0, seed: int = 0) -> None:
-        self.name = proposer.name
-        self.wants_brief = proposer.wants_brief
-        self._proposer = proposer
-        self._clock = clock
+    def __init__(
+        self,
+        proposer: Proposer,
+        clock: VirtualClock,
+        *,
+        latency_s: float = 0.0,
+        hang_rate: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(proposer, clock)
+        self._virtual = clock
         self._latency_s = latency_s
+        self._hang_rate = hang_rate
         self._chance = random.Random(f"{seed} {proposer.name}")
-        self._free_at = clock.now
-        self._asked: dict[str, _Asked] = {}
-        self._ready: list[Answer] = []
-        self._broken: list[str] = []
-
-    def outstanding(self) -> dict[str, int]:
-        """Proposals on their way, by profile; a profile in a pause counts as asked."""
-        now = self._clock()
-        return {slug: one.request.count for slug, one in self._asked.items() if one.waiting or now < one.not_before}
+        self._free_at = [clock.now] * proposer.parallel  # a heap
+        self._waiting = 0
+        self._ready: list[Callable[[], list[Answer]]] = []  # what is made of the answers that have come
 
     def in_flight(self) -> bool:
         """Whether an answer may come at any moment."""
-        return any(one.waiting for one in self._asked.values())
-
-    def fruitless(self, profile: str) -> int:
-        """How many asks in a row have given nothing."""
-        return self._asked[profile].fruitless if profile in self._asked else 0
+        return self._waiting > 0
 
     def ask(self, request: Request) -> None:
-        """Asks; the answer comes by `answers`."""
-        ideas: Sequence[Idea | NoIdea] = []
-        failure = ""
-        try:
-            ideas = self._proposer.ask(request)
-        except Exception as error:  # noqa: BLE001 - a proposer's own code may fail in any way
-            failure = _told(error)
-        self._asked[request.profile] = _Asked(request, self.fruitless(request.profile))
-        asked_at = self._clock.now
-        if not self._latency_s:
-            self._ready.append(Answer(request, ideas, 0.0, failure))
-            return
-        seconds = self._latency_s * self._chance.uniform(0.5, 1.5)
-        self._free_at = max(self._free_at, asked_at) + seconds
-        answer = Answer(request, ideas, self._free_at - asked_at, failure)
-        self._clock.at(self._free_at, lambda: self._ready.append(answer))
+        """Asks; the answers come by `answers`."""
+        for part in self.parts(request):
+            self._waiting += 1
+            self._ask(part, self._result(part))
 
     def tell(self, told: Callable[[], Told]) -> None:
         """Tells how a program did, at once."""
         try:
-            self._proposer.tell(told())
-        except Exception as error:  # noqa: BLE001 - likewise
-            self._broken.append(_told(error))
+            self.proposer.tell(told())
+        except Exception as error:  # noqa: BLE001 - a proposer's own code may fail in any way
+            self.standing.note(f"could not be told of a run: {line_of(error)}")
 
     def answers(self) -> list[Answer]:
-        """What has come since the last call."""
+        """What has come since the last call, and what is waited for no longer."""
         ready, self._ready = self._ready, []
-        for answer in ready:
-            asked = self._asked[answer.request.profile]
-            asked.waiting = False
-            asked.fruitless = 0 if answer.ideas else asked.fruitless + 1
-            if not answer.ideas:
-                pause_s = min(PAUSE_S[1], PAUSE_S[0] * 2 ** min(10, asked.fruitless - 1))
-                asked.not_before = self._clock.now + pause_s
-                self._clock.at(asked.not_before, _nothing)  # so that time stops there, and it is asked again
-        return ready
-
-    def broken_tells(self) -> list[str]:
-        """What went wrong in telling since the last call, a line each."""
-        broken, self._broken = self._broken, []
-        return broken
-
-    def retry(self, profile: str) -> None:
-        """Ends a pause: something new is known."""
-        if profile in self._asked:
-            self._asked[profile].not_before, self._asked[profile].fruitless = 0.0, 0
+        answers = [answer for came in ready for answer in came()]
+        for answer in answers:
+            ready_at = self.standing.ready_at(answer.request.profile)
+            if ready_at > self._virtual.now:
+                self._virtual.at(ready_at, _nothing)  # so that time stops there, and it is asked again
+        return answers
 
     def close(self) -> None:
         """Waits for nothing."""
+        self.proposer.close()
 
+    def _result(self, request: Request) -> Result:
+        try:
+            return self.proposer.ask(request)
+        except Exception as error:  # noqa: BLE001 - likewise
+            return error
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    def _ask(self, request: Request, result: Result) -> None:
+        hangs = self._hang_rate > 0 and self._chance.random() < self._hang_rate
+        seconds = math.inf if hangs else self._latency_s * self._chance.uniform(0.5, 1.5) if self._latency_s else 0.0
+        if not seconds:
+            self._ready.append(lambda: self._came(request, result, 0.0))
+            return
+        limit_s = self.proposer.limit_s
+        began = max(heapq.heappop(self._free_at), self._virtual.now)
+        heapq.heappush(self._free_at, began + min(seconds, limit_s))
+        if seconds <= limit_s:
+            self._at(began + seconds, lambda: self._came(request, result, seconds))
+            return
+        self._at(began + limit_s, lambda: self._gave_up(request))
+        if not hangs:
+            self._at(began + seconds, lambda: self.came_late(request, result, seconds))
+
+    def _at(self, when: float, came: Callable[[], list[Answer]]) -> None:
+        self._virtual.at(when, lambda: self._ready.append(came))
+
+    def _came(self, request: Request, result: Result, seconds: float) -> list[Answer]:
+        self._waiting -= 1
+        return [self.came(request, result, seconds)]
+
+    def _gave_up(self, request: Request) -> list[Answer]:
+        self._waiting -= 1
+        return [self.gave_up(request)]
 
 
 def _nothing() -> None:

@@ -124,8 +124,10 @@ class Proposer(Protocol):
     Attributes:
         name: As in `--proposers`, and in every proposal.
         parallel: Asks that it works on at once; several only where one answer takes long. `ask` and `tell` of a
-            proposer with 1 are called from one thread; of any other from several, at the same time.
-        limit_s: Seconds after which an ask is given up.
+            proposer with 1 are called from one thread; of any other from several, at the same time, and each ask is
+            for one proposal.
+        limit_s: Seconds after which an ask is given up: it may go on beside those that come after it, and of what it
+            still gives only the cost counts. A proposer that can end its own work does so before that.
         wants_brief: Whether requests carry a brief.
     """
 
@@ -138,8 +140,9 @@ class Proposer(Protocol):
         """Up to `request.count` ideas, and what came to none.
 
         Raises:
-            SpentUp: It costs money, and there is none left.
-            Exception: It failed; it is asked again after a pause.
+            SpentUp: It costs money, and there is none left: it is not asked again in this session.
+            UserError: It can do nothing with what it is given, now and later.
+            Exception: It failed; it is asked again after a pause, after several in a row one of minutes.
         """
         ...
 
