@@ -67,7 +67,8 @@ class BudgetSection(_Section):
         return self
 
 
-PROPOSERS = ("tune", "ablate", "simplify", "transfer", "combine")
+PROPOSERS = ("tune", "ablate", "simplify", "transfer", "combine")  # those that compute their ideas
+CHAT = "chat"  # the one that asks models
 MOST_RUNS = 100  # of one program that a study may ask for
 
 
@@ -76,9 +77,8 @@ class SearchSection(_Section):
 
     searcher: str = "optuna"
     seed: int = 0
-    proposers: list[Literal["tune", "ablate", "simplify", "transfer", "combine"]] = Field(
-        default=list(PROPOSERS), min_length=1
-    )
+    proposers: list[str] | None = Field(default=None, min_length=1)  # None: all there are, models and agents in front
+    parallel: int = Field(default=4, ge=1)  # asks at once of the chat models, and of each agent
     frontier: bool = True  # build on candidates that are still raced
     futility: bool = True  # stop runs that are far behind at half of their budget
 
@@ -114,6 +114,9 @@ class StudyConfig(_Section):
         preset: `auto`: by the slot's hardware.
         datasets: The dataset of each preset, written when its data was first prepared.
         dataset: Named by the user, else empty.
+        models: Chat models; the keys of each are those of `proposers.endpoints.ChatModel`.
+        agents: Coding agents by name; the keys of each are those of `proposers.agent_commands.CodingAgent`.
+        prices: File of a user's own prices of models, else empty.
     """
 
     name: str
@@ -125,6 +128,29 @@ class StudyConfig(_Section):
     search: SearchSection = SearchSection()
     judge: JudgeSection = JudgeSection()
     slots: SlotsSection = SlotsSection()
+    models: list[dict[str, Any]] = []
+    agents: dict[str, dict[str, Any]] = {}
+    prices: str = ""
+
+    @model_validator(mode="after")
+    def _knows_who_is_asked(self) -> StudyConfig:
+        known = self._minds() + PROPOSERS
+        for name in self.search.proposers or ():
+            if name not in known:
+                more = "; chat needs --model, an agent needs --agent" if name not in PROPOSERS else ""
+                raise ValueError(f"search.proposers: {name!r} is not known; known here: {', '.join(known)}{more}")
+        taken = [name for name in self.agents if name in (CHAT, *PROPOSERS)]
+        if taken:
+            raise ValueError(f"agents: {taken[0]!r} is the name of another proposer; give the agent another name")
+        return self
+
+    def _minds(self) -> tuple[str, ...]:
+        return (*((CHAT,) if self.models else ()), *self.agents)
+
+    @property
+    def proposers(self) -> tuple[str, ...]:
+        """Who is asked; the first one has most of the line, the quick ones fill in for those that take long."""
+        return tuple(self.search.proposers or self._minds() + PROPOSERS)
 
     def settings(self, max_trials: int | None) -> Settings:
         """What the study's decisions need of this."""
@@ -142,7 +168,7 @@ class StudyConfig(_Section):
                 simplify_margin=self.judge.simplify_margin,
             ),
             max_trials=max_trials,
-            proposers=tuple(self.search.proposers),
+            proposers=self.proposers,
             frontier=self.search.frontier,
             futility=self.search.futility,
             noise_share=self.judge.noise_share,

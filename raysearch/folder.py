@@ -18,6 +18,7 @@ from raysearch.ratchet import Ratchet
 from raysearch.study import InvalidTransition, Study
 
 LEAST_FREE_BYTES = 500 * 2**20
+CHANGEABLE = ("models", "agents", "prices")  # what a study may go on with others of
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -116,7 +117,11 @@ def configure(folder: Folder, chosen: Mapping[str, Any]) -> tuple[StudyConfig, b
     """
     if folder.config.exists():
         config = load_config(folder.config)
-        _check_same(config, chosen, folder)
+        _check_same(config, {key: value for key, value in chosen.items() if key not in CHANGEABLE}, folder)
+        changed = {key: value for key, value in chosen.items() if key in CHANGEABLE}
+        if changed:  # a server moves, a model is replaced: what was measured stays what it is
+            config = parse_config({**config.model_dump(mode="json", exclude_none=True), **changed}, where="options")
+            write_config(folder.config, config)
         return config, False
     if folder.path.exists() and any(folder.path.iterdir()):
         inside = ", ".join(sorted(path.name for path in folder.path.iterdir())[:5])

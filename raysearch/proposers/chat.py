@@ -113,6 +113,7 @@ class ChatProposer(Proposer):
         prices: As `prices.load_prices` gives them.
         seed: Of the draws, and of the jitter of pauses.
         refusal: Whether a change breaks the directions.
+        learn: Is told how every program did, for the context.
         environ: Where keys are found.
         note: Gets a line for a model whose price is not known.
         pause: Waits for so many seconds.
@@ -136,6 +137,7 @@ class ChatProposer(Proposer):
         parallel: int = 4,
         limit_s: float = 600.0,
         refusal: Refusal = nothing_refused,
+        learn: Callable[[Told], None] = lambda _: None,
         environ: Mapping[str, str] = os.environ,
         note: Callable[[str], None] = lambda _: None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -154,7 +156,7 @@ class ChatProposer(Proposer):
         self.parallel = parallel
         self.limit_s = limit_s
         self._models = list(models)
-        self._context, self._check, self._refusal = context, check, refusal
+        self._context, self._check, self._refusal, self._learn = context, check, refusal, learn
         self._purse = purse
         self._pause = pause
         self._lock = threading.Lock()  # of what follows
@@ -173,7 +175,8 @@ class ChatProposer(Proposer):
         return asyncio.run(self._ask(request)) if request.count > 0 else []
 
     def tell(self, told: Told) -> None:
-        """Learns nothing: what is known comes with each request."""
+        """Learns by what it was given for that; the rest of what is known comes with each request."""
+        self._learn(told)
 
     def close(self) -> None:
         """Ends the calls in flight: each `ask` raises `Closed`."""
