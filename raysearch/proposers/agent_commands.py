@@ -26,6 +26,7 @@ PASSED = (
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS", "REQUESTS_CA_BUNDLE"),
 )
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # whatever an agent runs, it takes no GPU from a trial
 PLACES = ("prompt", "workdir", "last_message", "model", "max_usd", "files")
 _PLACE = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -173,7 +174,7 @@ def _filled(argument: str, values: Mapping[str, str]) -> str:
 def environment(agent: CodingAgent, environ: Mapping[str, str]) -> dict[str, str]:
     """What an agent gets of the environment: keys of other agents, and whatever else is there, stay out of it."""
     passed = {name: environ[name] for name in (*PASSED, *agent.env) if name in environ}
-    return passed | dict(entry.split("=", 1) for entry in agent.env if "=" in entry)
+    return HIDDEN | passed | dict(entry.split("=", 1) for entry in agent.env if "=" in entry)
 
 
 def _flat(command: Sequence[str | Sequence[str]]) -> list[str]:

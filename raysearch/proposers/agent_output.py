@@ -20,7 +20,7 @@ HYPOTHESIS_CHARS = 300
 MESSAGE_CHARS = 20_000  # of a message, the end
 MAX_USD = 1e4  # of one run: more is no cost but a mistake
 MAX_TOKENS = 10**10
-_OBJECTS = 5000  # of an output, the last ones
+_FAILURES = 50  # lines that look like JSON and are none, before an output is given up
 # What an agent may call its change. `transfer` says where a change came from, and `replicate` that there is none.
 OPERATORS = (Operator.DRAFT, Operator.TUNE, Operator.ABLATE, Operator.SIMPLIFY, Operator.COMBINE, Operator.DEBUG)
 _FIELD = r"^[ \t>*_#`-]*{}[ \t*_`]*:(.*)$"  # no two parts of it can match the same text: a hostile one takes no longer
@@ -70,7 +70,7 @@ def read_claim(message: str) -> Claim:
     number = _NUMBER.match(delta)
     return Claim(
         clean(hypothesis, HYPOTHESIS_CHARS) or last_line(message, HYPOTHESIS_CHARS) or "(no hypothesis given)",
-        next((known for known in OPERATORS if known.value == operator.rstrip(".").lower()), Operator.DRAFT),
+        next((known for known in OPERATORS if known.value == operator.strip("`*_. ").lower()), Operator.DRAFT),
         float(number[0].replace("−", "-")) if number else None,
     )
 
@@ -187,19 +187,17 @@ _READERS: dict[Output, Callable[[str], Said]] = {
 
 def _objects(log: str) -> list[dict[str, Any]]:
     """The JSON objects that begin at the start of a line, on one line or several, in their order."""
-    starts = [match.start() for match in re.finditer(r"^\{", log, re.MULTILINE)][-_OBJECTS:]
     decoder = json.JSONDecoder()
     found: list[dict[str, Any]] = []
-    end = 0
-    for start in starts:
-        if start < end:
-            continue
+    failures = 0
+    for match in reversed(list(re.finditer(r"^\{", log, re.MULTILINE))):
         try:
-            value, end = decoder.raw_decode(log, start)
+            found.append(decoder.raw_decode(log, match.start())[0])
         except (ValueError, RecursionError):
-            continue
-        found.append(value)
-    return found
+            failures += 1
+            if failures > _FAILURES:  # each may have read all that follows
+                break
+    return found[::-1]
 
 
 def _table(value: Any) -> Mapping[str, Any]:

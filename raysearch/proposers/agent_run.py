@@ -16,7 +16,7 @@ from raysearch.nursery import join, start_supervisor
 from raysearch.proposers.scratch import read_regular
 
 AGENT_MARK = "RAYSEARCH_AGENT"
-LOG_BYTES = 2**20  # of what an agent printed, the end
+LOG_BYTES = 4 * 2**20  # of what an agent printed, the end: agents print the files that they read
 NICENESS = 10  # its programs start while trials train on the cores beside it
 
 

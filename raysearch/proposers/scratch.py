@@ -19,9 +19,8 @@ from raysearch.wording import clean
 MAX_BYTES = 2**20  # of an editable file
 MAX_ENTRIES = 10_000  # that are looked at: an agent may have unpacked the world
 LISTED = 5  # names in a message
-# What agents leave in the folder that they work in, and what Python does when a program is compiled. Never read.
-LEFT_ALONE = (".git", ".claude", ".codex", ".gemini", ".opencode", "__pycache__")
-LEFT_ALONE_PREFIX = ".aider"
+# What agents leave in the folder that they work in, beside `.aider…` and what Python leaves anywhere. It is never read.
+LEFT_ALONE = (".git", ".claude", ".codex", ".gemini", ".opencode")
 _IDENTITY = {"NAME": "raysearch", "EMAIL": "raysearch@localhost"}
 
 
@@ -53,7 +52,7 @@ class Scratch:
         for path, text in {**self.read_only, **self.files}.items():
             target = self.work / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(text.encode("utf-8"))
+            target.write_bytes(_bytes(text))
             target.chmod(0o644 if path in self.files else 0o444)
         for arguments in (("init", "--quiet", "--template="), ("add", "--all", "--force"), ("commit", "-qm", "Start")):
             _git(self.work, *arguments)
@@ -96,14 +95,39 @@ def read_regular(path: Path, limit: int, *, end: bool = False) -> bytes | None:
         return file.read(limit)
 
 
-def remove(folder: Path) -> None:
-    """Removes a folder with what is in it, whatever its modes."""
-    for at, names, _ in os.walk(folder):
-        for name in names:
-            if not os.path.islink(os.path.join(at, name)):
+def remove(path: Path) -> None:
+    """Removes a file or a folder with what is in it, whatever its modes; a link itself and not what it points to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    _open_up(str(path))
+    with contextlib.suppress(OSError):
+        for _, names, _, descriptor in os.fwalk(path):
+            for name in names:
                 with contextlib.suppress(OSError):
-                    os.chmod(os.path.join(at, name), 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+                    _open_up(name, descriptor)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def disarm(folder: Path) -> None:
+    """Removes what git and its friends would execute for a user who only looks around there."""
+    for at, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if name == ".git":
+                remove(Path(at, name))
+
+
+def _open_up(name: str, parent: int | None = None) -> None:
+    """Makes a folder readable; never what a link points to.
+
+    Raises:
+        OSError: It is no folder.
+    """
+    descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
+    finally:
+        os.close(descriptor)
 
 
 def _entries(work: Path) -> Iterator[tuple[str, int]]:
@@ -115,11 +139,11 @@ def _entries(work: Path) -> Iterator[tuple[str, int]]:
     folders, seen = [""], 0
     while folders:
         folder = folders.pop()
-        os.chmod(work / folder, 0o700)
+        _open_up(str(work / folder))
         with os.scandir(work / folder) as entries:
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                if _is_left_alone(entry.name):
+                if _is_left_alone(path):
                     continue
                 seen += 1
                 if seen > MAX_ENTRIES:
@@ -130,8 +154,12 @@ def _entries(work: Path) -> Iterator[tuple[str, int]]:
                     yield path, entry.stat(follow_symlinks=False).st_mode
 
 
-def _is_left_alone(name: str) -> bool:
-    return name in LEFT_ALONE or name.startswith(LEFT_ALONE_PREFIX)
+def _is_left_alone(path: str) -> bool:
+    return path in LEFT_ALONE or path.startswith(".aider") or path.rpartition("/")[2] == "__pycache__"
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")  # half a character may come from a log
 
 
 def _named(work: Path, path: str) -> str:
@@ -143,7 +171,7 @@ def _breach(work: Path, path: str, *, text: str, mode: int | None) -> str:
     """What was done to a file that may only be read; empty if nothing."""
     if mode is None:
         return f"{path} (removed)"
-    before = text.encode("utf-8")
+    before = _bytes(text)
     if not stat.S_ISREG(mode) or read_regular(work / path, len(before) + 1) != before:
         return f"{path} (changed)"
     return "" if stat.S_IMODE(mode) == 0o444 else f"{path} (its mode)"
