@@ -35,10 +35,12 @@ ALLOWED: dict[str, set[str]] = {
     "proposers.moves": {"proposers"},
     **{f"proposers.{name}": {"proposers", "proposers.moves"} for name in ("ablate", "simplify", "transfer", "combine")},
     "proposers.inbox": {"proposers"},
-    **{f"proposers.{name}": set() for name in ("agent_commands", "agent_output", "scratch")},
+    "proposers.scratch": set(),
+    "proposers.agent_commands": set(),
+    "proposers.agent_output": {"proposers.agent_commands"},
     "proposers.agent_run": {"leftovers", "nursery", "proposers.scratch"},
-    "proposers.agent": {"proposers", *(f"proposers.{name}" for name in ("agent_commands", "agent_output", "scratch"))}
-    | {"proposers.agent_run"},
+    "proposers.agent": {"proposers", "proposers.scratch"}
+    | {f"proposers.agent_{name}" for name in ("commands", "output", "run")},
     "asker": {"proposers"},
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},

@@ -269,6 +269,8 @@ class AgentProposer(Proposer):
 
     def _keep(self, root: Path, reason: str) -> None:
         """Puts a folder aside for the user to look at, and removes the oldest of those."""
+        if root.is_symlink():  # nothing is written where it points to
+            return remove(root)
         log = read_regular(root / "run.log", KEPT_LOG_BYTES, end=True) or b""
         try:
             for name in ("order.json", "run.log", "reason.txt"):  # the log may be long; none need be a file of ours

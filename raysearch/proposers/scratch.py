@@ -64,6 +64,8 @@ class Scratch:
             Rejected: Something else was changed, added or removed, or an editable file is none any more.
             OSError: The folder cannot be read.
         """
+        if self.work.is_symlink() or self.work.parent.is_symlink():
+            raise Rejected("it put a link in the place of its folder; it may change files in it alone")
         found = dict(_entries(self.work))
         protected = {path: text for path, text in self.read_only.items() if path not in self.files}
         strange = [_named(self.work, path) for path in found if path not in self.files and path not in protected]
