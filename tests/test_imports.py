@@ -13,7 +13,7 @@ PURE = {
     *("judge", "futility", "health", "bandit", "duplicates", "study", "schedule", "plan", "tally"),
     *("brief", "directions", "yields", "economics", "outline", "pace"),
 }
-TOP = {"coordinator", "run", "simulate"}
+TOP = {"coordinator", "run", "simulate", "minds"}
 # what each adapter may import of the package beside the pure modules
 ALLOWED: dict[str, set[str]] = {
     "objective": set(),
@@ -42,6 +42,13 @@ ALLOWED: dict[str, set[str]] = {
     "proposers.chat": {"proposers", "proposers.edits", "proposers.endpoints", "proposers.prices"},
     "proposers.importance": {"proposers"},
     "proposers.context": {"proposers", "proposers.importance"},
+    "proposers.scratch": set(),
+    "proposers.tables": set(),
+    "proposers.agent_commands": {"proposers.tables"},
+    "proposers.agent_output": {"proposers.agent_commands"},
+    "proposers.agent_run": {"leftovers", "nursery", "proposers.scratch"},
+    "proposers.agent": {"proposers", "proposers.scratch"}
+    | {f"proposers.agent_{name}" for name in ("commands", "output", "run")},
     "asker": {"proposers"},
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
