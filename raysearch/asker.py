@@ -57,6 +57,10 @@ class Asking(Protocol):
         """What has come since the last call."""
         ...
 
+    def revive(self) -> None:
+        """Asks one again that had spent all that it may."""
+        ...
+
     def notes(self) -> list[str]:
         """Lines for the console since the last call."""
         ...
@@ -92,6 +96,10 @@ class AnyAsker:
     def retry(self, profile: str) -> None:
         """Ends a pause: something new is known."""
         self.standing.retry(profile)
+
+    def revive(self) -> None:
+        """Asks one again that had spent all that it may."""
+        self.standing.revive()
 
     def notes(self) -> list[str]:
         """Lines for the console since the last call."""

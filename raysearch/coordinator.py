@@ -54,6 +54,7 @@ from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, M
 from raysearch.profile import base_slug, same_profile, with_slug
 from raysearch.programs import Programs
 from raysearch.proposers import Idea, NoIdea, Request, Step, Told, inbox
+from raysearch.proposers.prices import Purse
 from raysearch.ratchet import GitError, Moved, Ratchet, step_message
 from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
@@ -64,6 +65,7 @@ POLL_S = 0.25
 POLL_WHILE_ASKING_S = 0.02
 INBOX_EVERY_S = 1.0  # and the human's directions
 SUBJECT_LENGTH = 72
+LEAST_USD = 1e-9  # that is worth a line
 STEPS = 30  # of other ratchets, the latest ones, that a proposer is shown
 PROGRAMS = 500  # whose texts are kept at hand
 REMEMBERED = 2000  # candidates of an earlier session among which near duplicates are looked for
@@ -98,6 +100,7 @@ class Coordinator:
         askers: Each asks one proposer.
         console: Shows what happens.
         session: Of this run.
+        purse: Of what proposers may cost, its cap as the command line has it; None where none costs anything.
         clock: Unix time in seconds.
     """
 
@@ -113,6 +116,7 @@ class Coordinator:
         askers: Sequence[Asking],
         console: Console,
         session: Session,
+        purse: Purse | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
@@ -125,6 +129,8 @@ class Coordinator:
         self._askers = {asker.name: asker for asker in askers}
         self._console = console
         self._session = session
+        self._purse = purse if purse is not None else Purse(None)
+        self._max_usd = self._purse.limit_usd
         self._clock = clock
         self._tuned = objective.tuned_file(self._objective.editable)
         self._presets = objective.load_presets() if self._objective.has_presets else {}
@@ -166,12 +172,14 @@ class Coordinator:
         self._obey()
         self._teach()
         try:
-            return self._end(self._loop())
+            reason = self._loop()
         finally:
             for asker in self._askers.values():
                 asker.close()
                 for line in asker.notes():
                     self._console.note(line)
+            self._settle()
+        return self._end(reason)
 
     def _loop(self) -> str:
         said_draining = False
@@ -537,6 +545,22 @@ class Coordinator:
             )
         )
 
+    def _settle(self) -> None:
+        """Journals what was spent on answers that nobody waited for: a later session has to know."""
+        unseen = self._purse.at_most_usd - self._study.spent_usd
+        if unseen > LEAST_USD:
+            slug = next(iter(self._study.lanes))
+            self._record(Dropped(slug, "ended", "what was in flight when the session ended", cost_usd=unseen))
+
+    def _cap(self) -> None:
+        """Takes over what the directions say of money; whoever had spent all is asked again when it is more."""
+        wanted = [limit for limit in (self._max_usd, self._study.max_usd()) if limit is not None]
+        before, now = self._purse.limit_usd, min(wanted, default=None)
+        self._purse.limit_usd = now
+        if before is not None and (now is None or now > before):
+            for asker in self._askers.values():
+                asker.revive()
+
     def _drop_answer(self, answer: NoIdea, profile: str, seconds: float) -> None:
         self._record(
             Dropped(
@@ -565,6 +589,7 @@ class Coordinator:
 
     def _obey(self) -> None:
         """Drops what waits for its first run and is against the directions, and ends the pauses of who is asked."""
+        self._cap()
         for slug, lane in self._study.lanes.items():
             self._say_unknown_names(lane)
             for name in list(lane.line):
@@ -683,6 +708,7 @@ class Coordinator:
         if preset is not None:
             self._programs.add(preset.name, objective.preset_directions(preset.name))
         self._take_directions()
+        self._cap()
         self._say_unknown_names(self._study.lanes[profile.slug])
 
     def _ended(self, trial_id: str, attempt: int, result: RunResult) -> None:

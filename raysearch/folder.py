@@ -59,6 +59,11 @@ class Folder:
         return self.path / "inbox"
 
     @property
+    def scratch(self) -> Path:
+        """Folders in which coding agents work."""
+        return self.path / "scratch"
+
+    @property
     def token(self) -> Path:
         """The study's id, in a file by which a slot finds out whether it sees this disk."""
         return self.path / ".token"

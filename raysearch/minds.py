@@ -35,6 +35,7 @@ from raysearch.proposers.transfer import TransferProposer
 from raysearch.proposers.tune import TuneProposer
 
 LIMIT_S = 600.0  # of an ask of a chat model, or twice as long as its slowest call may take
+READABLE = ("harness.py", "run.py", "evaluation.py", "prepare.py")  # of the trainer
 _KEYS = ("models", "agents", "prices")
 _SPEC = re.compile(r"(?:(?P<weight>[0-9.]+)\*)?(?:(?P<api>openai|anthropic):)?(?P<name>.+?)(?:@(?P<url>https?://\S+))?")
 
@@ -117,6 +118,19 @@ def _read(path: Path) -> dict[str, Any]:
     if "prices" in table:
         table["prices"] = str((path.parent / str(table["prices"])).resolve())
     return table
+
+
+def readable(task: Objective, files: Mapping[str, str]) -> dict[str, str]:
+    """What an agent may read beside the editable files: the protected ones; of the bundled trainer, what runs train.py.
+
+    Args:
+        task: The objective.
+        files: Text by path, the protected ones among them.
+    """
+    if not task.has_presets:
+        return {path: files[path] for path in task.protected}
+    home = objective.trainer_folder()
+    return {f"{home.name}/{name}": (home / name).read_text(encoding="utf-8") for name in READABLE}
 
 
 # ---- the proposers ----

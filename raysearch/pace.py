@@ -152,6 +152,12 @@ class Standing:
             self._retired = reason
             self.note(f"is not asked any more: {reason}")
 
+    def revive(self) -> None:
+        """It may be asked again: why it was retired is mended."""
+        if self._retired:
+            self._retired = ""
+            self.note("is asked again")
+
     def retry(self, profile: str) -> None:
         """Ends the profile's pause: something new is known. That a proposer is left alone does not end by that."""
         line = self._line(profile)

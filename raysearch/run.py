@@ -27,6 +27,7 @@ from raysearch.journal import Journal
 from raysearch.objective import Objective
 from raysearch.patches import PatchError, unified_diff
 from raysearch.proposers import Proposer, inbox
+from raysearch.proposers.prices import Purse
 from raysearch.ratchet import Ratchet
 from raysearch.study import Study
 
@@ -57,7 +58,13 @@ _STUDIES = click.option(
 @click.option("--trials", type=int, help="Stop after so many proposals were tried.  [default: no limit]")
 @click.option("--hours", type=float, help="Propose nothing new after so many hours.  [default: no limit]")
 @click.option("--searcher", help="Of ray.tune.search, for the tune proposer.  [default: optuna]")
-@click.option("--proposers", help="Who is asked, with commas.  [default: tune,ablate,simplify,transfer,combine]")
+@click.option("--proposers", help="Who is asked, with commas.  [default: all; models and agents in front]")
+@click.option("--model", "models", multiple=True, help="Chat model, [WEIGHT*][anthropic:]NAME[@URL]; may be repeated.")
+@click.option("--agent", "agents", multiple=True, help="Coding agent: claude, codex, gemini, opencode, aider [=MODEL].")
+@click.option("--minds", type=click.Path(path_type=Path), help="TOML with [[models]] and [agents.NAME] in full.")
+@click.option("--prices", type=click.Path(path_type=Path), help="TOML with your prices of models.")
+@click.option("--max-usd", type=float, help="Most that models and agents may cost the study.  [default: no limit]")
+@click.option("--parallel", type=int, help="Asks at once of the models, and of each agent.  [default: 4]")
 @click.option("--seed", type=int, help="Of the search.  [default: 0]")
 @click.option(
     "--judge", type=click.Choice(["race", "greedy"]), help="greedy: keep what looks better once.  [default: race]"
@@ -190,11 +197,7 @@ def _read(place: Folder) -> tuple[StudyConfig, Study, bool]:
 
 def search(options: Mapping[str, Any]) -> int:
     """Starts or continues a study; returns the exit code."""
-    from raysearch.proposers.ablate import AblateProposer  # noqa: PLC0415 - for a search alone
-    from raysearch.proposers.combine import CombineProposer  # noqa: PLC0415
-    from raysearch.proposers.simplify import SimplifyProposer  # noqa: PLC0415
-    from raysearch.proposers.transfer import TransferProposer  # noqa: PLC0415
-    from raysearch.proposers.tune import TuneProposer  # noqa: PLC0415 - numpy
+    from raysearch import minds  # noqa: PLC0415 - numpy; for a search alone
 
     _check_limits(options)
     place = folder.named_folder(options["name"], options["studies"])
@@ -204,23 +207,27 @@ def search(options: Mapping[str, Any]) -> int:
     task = config.to_objective()
     if task.has_presets and config.preset != "auto":
         objective.named_preset(objective.load_presets(), config.preset)
-    tuned = objective.tuned_file(task.editable)
-    tune = TuneProposer(searcher=config.search.searcher, seed=config.search.seed, path=tuned)
     files = _base_program(options, config) if is_new else None
     if files is not None:
-        tune.check(files[tuned])
+        minds.tuner(config).check(files[objective.tuned_file(task.editable)])
+    purse = Purse(options["max_usd"])
+    protected = files or Ratchet.open(place.repo).files("main", task.protected)
+    proposers = minds.make(config, minds.Place(place.scratch, minds.readable(task, protected), purse, _note))
     if task.has_presets and options["address"] is None:
         config = _prepare_here(config, files)
     if files is not None:
         folder.make(place, config, files, at=time.time())
-    seed = config.search.seed
-    rest = (AblateProposer(seed=seed), SimplifyProposer(seed=seed), TransferProposer(), CombineProposer())
-    chosen: list[Proposer] = [one for one in (tune, *rest) if one.name in config.search.proposers]
-    return _drive(place, config, options, chosen, program=program)
+    return _drive(place, config, options, proposers, program=program, purse=purse)
+
+
+def _note(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the options say about the study itself, as `study.toml` has it."""
+    from raysearch import minds  # noqa: PLC0415 - numpy
+
     table: dict[str, Any] = {}
     if options["objective_file"]:
         table |= _objective_table(options["objective_file"])
@@ -231,10 +238,15 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
             "searcher": options["searcher"],
             "seed": options["seed"],
             "proposers": options["proposers"].split(",") if options["proposers"] is not None else None,
+            "parallel": options["parallel"],
         },
         "judge": {"rule": options["judge"], "baseline_runs": options["baseline_runs"]},
         "slots": {"device": options["device"], "cpu_slots": options["cpu_slots"], "threads": options["threads"]},
     }
+    given = minds.chosen(
+        models=options["models"], agents=options["agents"], file=options["minds"], prices=options["prices"]
+    )
+    table |= given
     table |= {key: value for key, value in plain.items() if value is not None}
     for section, values in sections.items():
         given = {key: value for key, value in values.items() if value is not None}
@@ -253,10 +265,11 @@ def _objective_table(path: Path) -> dict[str, Any]:
 
 
 def _check_limits(options: Mapping[str, Any]) -> None:
-    for name in ("trials", "hours"):
+    for name in ("trials", "hours", "max_usd"):
         value = options[name]
-        if value is not None and value <= 0:
-            raise UserError(f"--{name} {value}: it must be more than 0; leave it out for no limit")
+        if value is not None and not value > 0:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {value}: it must be more than 0; leave it out for no limit")
 
 
 def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, str]:
@@ -312,17 +325,19 @@ def _drive(
     proposers: Sequence[Proposer],
     *,
     program: str | None,
+    purse: Purse,
 ) -> int:
     journal = Journal(place.journal, writer=True)
     try:
         study = folder.replay(config, journal, max_trials=options["trials"])
+        purse.count(study.spent_usd)
         repo = Ratchet.open(place.repo)
         folder.check_ratchets(study, repo, place)
         if program is not None:
             programs.put(place.path / GENERAL, program)
         presets = objective.load_presets() if config.to_objective().has_presets else ()
         programs.Programs(place.path, presets).begin(study.directed)  # says now what the coordinator would say later
-        return _coordinate(place, config, options, proposers, journal=journal, study=study, repo=repo)
+        return _coordinate(place, config, options, proposers, journal=journal, study=study, repo=repo, purse=purse)
     finally:
         journal.close()
 
@@ -336,6 +351,7 @@ def _coordinate(
     journal: Journal,
     study: Study,
     repo: Ratchet,
+    purse: Purse,
 ) -> int:
     # Ray and what draws cost a second: after everything that can be wrong with the input
     from raysearch import report as reports  # noqa: PLC0415
@@ -371,6 +387,7 @@ def _coordinate(
         askers=[Asker(proposer, time.time) for proposer in proposers],
         console=console,
         session=session,
+        purse=purse,
     )
     _on_signal(signal.SIGINT, coordinator.interrupt)
     for number in (signal.SIGTERM, signal.SIGHUP):

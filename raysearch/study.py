@@ -426,6 +426,12 @@ class Study:
         limits = (self.settings.max_trials, self.directions(lane).budget.trials)
         return min((limit for limit in limits if limit is not None), default=None)
 
+    def max_usd(self) -> float | None:
+        """What proposals may cost in all, by the directions of whatever profile allows least; None for no limit."""
+        presets = ("", *(lane.profile.preset for lane in self.lanes.values()))
+        limits = (in_force(self.directed, preset).budget.usd for preset in presets)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def has_credit(self, state: CandidateState) -> bool:
         """Whether a change need not be screened again when it is carried.
 

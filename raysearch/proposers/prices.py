@@ -163,6 +163,17 @@ class Purse:
         with self._lock:
             return self._spent
 
+    @property
+    def at_most_usd(self) -> float:
+        """What was spent at most: calls in flight count with all that is set aside for them."""
+        with self._lock:
+            return self._spent + sum(self._reserved)
+
+    def count(self, usd: float) -> None:
+        """Counts what was spent without being set aside: in an earlier session."""
+        with self._lock:
+            self._spent += usd
+
     def reserve(self, usd: float) -> None:
         """Sets the most that a call can cost aside; `settle` has to follow.
 
