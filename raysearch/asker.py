@@ -308,7 +308,7 @@ class Asker(AnyAsker):
     def _ask(self, ask: _Ask) -> bool:
         ask.started_at = self._clock()
         try:
-            ask.result = self.proposer.ask(ask.request)
+            ask.result = list(self.proposer.ask(ask.request))
         except BaseException as error:  # noqa: BLE001 - a proposer's own code may fail in any way
             ask.result = error
         with self._lock:

@@ -105,6 +105,23 @@ def test_asks_that_give_nothing_are_repeated_ever_more_rarely(ask_of: AskOf):
     assert asker.pace("cpu") == replace(asker.pace("cpu"), asked=0, rests=False, is_out=False)
 
 
+class Lazy(Scripted):
+    """Works only when somebody looks at its answer."""
+
+    def ask(self, request: Request) -> Iterator[Idea]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        yield from super().ask(request)
+
+
+def test_an_answer_is_read_in_the_proposers_thread_so_that_no_answer_breaks_the_loop():
+    for result, failure in ((RuntimeError("half an answer"), "RuntimeError: half an answer"), (None, "TypeError: ")):
+        asker = Asker(Lazy(result), Clock())  # pyright: ignore[reportArgumentType]
+        asker.ask(REQUEST)
+        answer = answered(asker)
+        assert answer.ideas == []
+        assert answer.failure.startswith(failure)
+        asker.close()
+
+
 def test_something_new_ends_a_pause(ask_of: AskOf):
     asker, _ = ask_of([])
     asker.ask(REQUEST)

@@ -348,7 +348,7 @@ class VirtualAsker(AnyAsker):
 
     def _result(self, request: Request) -> Result:
         try:
-            return self.proposer.ask(request)
+            return list(self.proposer.ask(request))
         except Exception as error:  # noqa: BLE001 - likewise
             return error
 
