@@ -219,6 +219,11 @@ json.dump(found, open({str(told)!r}, 'w'))
     assert not {"ANTHROPIC_API_KEY", "PYTHONPATH", "GIT_DIR", "ABSENT"} & env.keys()
 
 
+def test_an_agent_may_have_a_prompt_of_its_own(lab: Lab):
+    reason = lab.refused("import sys\nprint(sys.argv[1])", prompt="Change {files} or {nothing}.")
+    assert reason == "it changed nothing: it said 'Change train.py or {nothing}.'"
+
+
 def test_no_file_holds_the_keys_of_the_environment(lab: Lab):
     lab.environ["MY_KEY"] = "a-secret-key"
     code = "import subprocess\nprint(subprocess.run(['grep', '-rl', 'a-secret-key', '..'], capture_output=True).stdout)"

@@ -58,6 +58,7 @@ class CodingAgent:
         model: What {model} stands for; empty leaves it to the agent.
         env: Names of variables that are let through beside `PASSED`, or NAME=value, which is set.
         output: How it says what it did.
+        prompt: What it is told, with the place {files}; empty for the prompt that all are given.
     """
 
     name: str
@@ -67,6 +68,7 @@ class CodingAgent:
     model: str = ""
     env: tuple[str, ...] = ()
     output: Output = Output.TEXT
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
