@@ -53,7 +53,7 @@ def test_defaults_are_written_out_and_read_back(tmp_path: Path):
     assert table["search"] == {
         "searcher": "optuna",
         "seed": 0,
-        "proposers": ["tune", "ablate", "simplify", "transfer", "combine"],
+        "parallel": 4,
         "frontier": True,
         "futility": True,
     }
