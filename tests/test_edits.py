@@ -264,7 +264,10 @@ def test_any_piece_that_occurs_once_can_be_replaced(text: str, data: st.DataObje
     end = data.draw(st.integers(start + 1, len(text)))
     piece, new = text[start:end], data.draw(st.text(alphabet="xy"))
     once = sum(text.startswith(piece, place) for place in range(len(text))) == 1
-    if once:
+    dos = "\r\n" in text and {"\r", "\n"}.isdisjoint(text.replace("\r\n", ""))
+    if dos and "\n" in piece.replace("\r\n", ""):  # it cuts the end of a line in two
+        assert "those of SEARCH do not" in refusal(answer((piece, new)), {"train.py": text})
+    elif once:
         assert apply(answer((piece, new)), {"train.py": text}) == {"train.py": text[:start] + new + text[end:]}
     else:
         assert "occurs" in refusal(answer((piece, new)), {"train.py": text})

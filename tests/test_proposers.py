@@ -182,6 +182,22 @@ PROPOSERS: dict[str, Callable[[int], Proposer]] = {
 Make = Callable[[int], Proposer]
 
 
+def any_directions(chance: random.Random) -> Directions:
+    """What somebody may want of proposals for GROWN, be it within reach or not."""
+    knobs = read_knobs(GROWN)
+    ranges: dict[str, Range] = {}
+    for name in chance.sample(sorted(knobs), chance.randint(1, 5)):
+        knob = knobs[name]
+        if knob.choices:
+            ranges[name] = Range(choices=tuple(chance.sample(knob.choices, chance.randint(1, len(knob.choices)))))
+        else:
+            low, high = sorted(float(knob.nearest(knob.at(chance.random()))) for _ in range(2))
+            ranges[name] = Range(low, high)
+    frozen = chance.sample([*knobs, "SEED_WORD", "NOWHERE"], chance.randint(0, 3))
+    forbidden = chance.sample(list(Operator), chance.choice([0, 0, 1]))
+    return Directions(frozen=frozenset(frozen), ranges=ranges, forbidden=frozenset(forbidden))
+
+
 class TestWithoutAModel(Contract):
     @pytest.fixture(params=PROPOSERS)
     def make(self, request: pytest.FixtureRequest) -> Make:
@@ -195,6 +211,39 @@ class TestWithoutAModel(Contract):
         request = full_request(files=plain, origin={}, elsewhere=(), unmerged=())
         assert make(5).ask(request) == []
         assert make(5).ask(full_request(files=plain, origin=plain)) == []
+
+    def test_no_idea_breaks_the_directions_whatever_they_were_before(self, make: Make):
+        given = 0
+        for seed in range(12):
+            chance, proposer = random.Random(seed), make(seed)
+            for _ in range(3):  # on one program: what has changed holds at the next ask
+                directions = any_directions(chance)
+                for idea in ideas_of(proposer, full_request(4, directions=directions)):
+                    given += 1
+                    program = {"train.py": patched(GROWN, idea.patch)}
+                    before = {"train.py": GROWN}
+                    assert refusal(directions, before=before, after=program, operator=idea.operator) is None
+                    assert read_knobs(program["train.py"])
+        assert given > 12
+
+    def test_a_forbidden_operator_gives_no_idea_and_the_others_stay(self, make: Make):
+        proposer = make(6)
+        own = frozenset({Operator(proposer.name)})
+        assert proposer.ask(full_request(5, directions=Directions(forbidden=own))) == []
+        assert proposer.ask(full_request(5, directions=Directions(forbidden=frozenset(Operator) - own)))
+
+    def test_what_directions_barred_is_proposed_once_they_are_lifted(self, make: Make):
+        barred = Directions(frozen=frozenset(read_knobs(GROWN)))
+        fresh, proposer = make(7), make(7)
+        if fresh.name == "tune":
+            assert proposer.ask(full_request(9, directions=barred)) == []
+            assert len(ideas_of(proposer, full_request(9))) == 9
+            return
+        before = ideas_of(proposer, full_request(99, directions=barred))
+        after = ideas_of(proposer, full_request(99))
+        wanted = ideas_of(fresh, full_request(99))
+        assert len(before) < len(wanted)
+        assert {idea.source for idea in (*before, *after)} >= {idea.source for idea in wanted}
 
 
 class TestSeveralAsksAtOnce(Contract):
@@ -212,58 +261,6 @@ def test_what_was_proposed_is_not_proposed_again_and_then_there_is_nothing(name:
         sources |= {idea.source for idea in ideas}
     assert PROPOSERS[name](2).ask(full_request(50, known=frozenset(known))) == []
     assert PROPOSERS[name](2).ask(full_request(50, sources=frozenset(sources))) == []
-
-
-def any_directions(chance: random.Random) -> Directions:
-    """What somebody may want of proposals for GROWN, be it within reach or not."""
-    knobs = read_knobs(GROWN)
-    ranges: dict[str, Range] = {}
-    for name in chance.sample(sorted(knobs), chance.randint(1, 5)):
-        knob = knobs[name]
-        if knob.choices:
-            ranges[name] = Range(choices=tuple(chance.sample(knob.choices, chance.randint(1, len(knob.choices)))))
-        else:
-            low, high = sorted(float(knob.nearest(knob.at(chance.random()))) for _ in range(2))
-            ranges[name] = Range(low, high)
-    frozen = chance.sample([*knobs, "SEED_WORD", "NOWHERE"], chance.randint(0, 3))
-    forbidden = chance.sample(list(Operator), chance.choice([0, 0, 1]))
-    return Directions(frozen=frozenset(frozen), ranges=ranges, forbidden=frozenset(forbidden))
-
-
-def test_no_idea_breaks_the_directions_whatever_they_were_before(make: Make):
-    given = 0
-    for seed in range(12):
-        chance, proposer = random.Random(seed), make(seed)
-        for _ in range(3):  # on one program: what has changed holds at the next ask
-            directions = any_directions(chance)
-            for idea in ideas_of(proposer, full_request(4, directions=directions)):
-                given += 1
-                program = {"train.py": patched(GROWN, idea.patch)}
-                before = {"train.py": GROWN}
-                assert refusal(directions, before=before, after=program, operator=idea.operator) is None
-                assert read_knobs(program["train.py"])
-    assert given > 12
-
-
-def test_a_forbidden_operator_gives_no_idea_and_the_others_stay(make: Make):
-    proposer = make(6)
-    own = frozenset({Operator(proposer.name)})
-    assert proposer.ask(full_request(5, directions=Directions(forbidden=own))) == []
-    assert proposer.ask(full_request(5, directions=Directions(forbidden=frozenset(Operator) - own)))
-
-
-def test_what_directions_barred_is_proposed_once_they_are_lifted(make: Make):
-    barred = Directions(frozen=frozenset(read_knobs(GROWN)))
-    fresh, proposer = make(7), make(7)
-    if fresh.name == "tune":
-        assert proposer.ask(full_request(9, directions=barred)) == []
-        assert len(ideas_of(proposer, full_request(9))) == 9
-        return
-    before = ideas_of(proposer, full_request(99, directions=barred))
-    after = ideas_of(proposer, full_request(99))
-    wanted = ideas_of(fresh, full_request(99))
-    assert len(before) < len(wanted)
-    assert {idea.source for idea in (*before, *after)} >= {idea.source for idea in wanted}
 
 
 # ---- the contract of every searcher ----
