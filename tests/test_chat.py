@@ -530,7 +530,7 @@ def test_models_are_drawn_by_their_weights(bench_of: BenchOf):
     asked: list[list[str]] = []
     for _ in range(2):
         bench = bench_of(says(GOOD), models=models, seed=7)
-        asked.append([answer.model for answer in bench.ask(count=20)])
+        asked.append([bench.idea().model for _ in range(20)])
     assert asked[0] == asked[1]
     assert 11 <= asked[0].count("a") <= 18
     assert [seen.body["model"] for seen in server.seen] == asked[0] + asked[1]

@@ -206,12 +206,13 @@ class ChatProposer(Proposer):
 
     async def _answers(self, request: Request, bills: list[_Bill]) -> list[Idea | NoIdea]:
         answers: list[Idea | NoIdea] = []
+        known = set(request.known)  # and what this ask has given already
         ends_at = asyncio.get_running_loop().time() + MARGIN * self.limit_s
         try:
             async with asyncio.timeout_at(ends_at):
                 for _ in range(request.count):
                     bills.append(_Bill(self._draw()))
-                    answers.append(await self._answer(request, bills[-1], ends_at))
+                    answers.append(await self._answer(request, known, bill=bills[-1], ends_at=ends_at))
         except TimeoutError:
             trouble = f"; the last call: {bills[-1].trouble}" if bills[-1].trouble else ""
             answers.append(bills[-1].none(f"no answer within {MARGIN * self.limit_s:.0f} s{trouble}"))
@@ -226,14 +227,14 @@ class ChatProposer(Proposer):
         with self._lock:
             return self._chance.choices(self._models, [model.weight for model in self._models])[0]
 
-    async def _answer(self, request: Request, bill: _Bill, ends_at: float) -> Idea | NoIdea:
+    async def _answer(self, request: Request, known: set[str], *, bill: _Bill, ends_at: float) -> Idea | NoIdea:
         """One idea: an answer, or the second one when something was wrong with the first."""
         turns = [Turn("user", self._context(request, bill.model.prompt_tokens))]
         reason = ""
         for _ in range(2):
             reply = await self._reply(request, turns, bill, ends_at)
             try:
-                return self._idea(request, reply, bill)
+                return self._idea(request, known, reply=reply, bill=bill)
             except AnswerError as error:
                 cut = f"the answer was cut off at {bill.model.max_output_tokens} tokens: " if reply.cut else ""
                 reason = f"{cut}{error}"
@@ -243,7 +244,7 @@ class ChatProposer(Proposer):
                 ]
         return bill.none(reason)
 
-    def _idea(self, request: Request, reply: Reply, bill: _Bill) -> Idea:
+    def _idea(self, request: Request, known: set[str], *, reply: Reply, bill: _Bill) -> Idea:
         """What a reply proposes.
 
         Raises:
@@ -264,8 +265,9 @@ class ChatProposer(Proposer):
         print_ = fingerprint(files)
         if print_ == fingerprint(request.files):
             raise AnswerError("but for comments and layout that is the program as it is; change what it does")
-        if print_ in request.known:
+        if print_ in known:
             raise AnswerError("that very program was already tried here; propose another change")
+        known.add(print_)
         return Idea(
             "".join(unified_diff(path, request.files[path], text) for path, text in changed.items()),
             answer.operator,
