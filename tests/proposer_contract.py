@@ -160,9 +160,11 @@ class Contract:
 
     Attributes:
         rounds: Asks after which no more is expected of a proposer that always has another idea.
+        count: Ideas that it is asked for where any number would do.
     """
 
     rounds: ClassVar[int] = 20
+    count: ClassVar[int] = 3
 
     @pytest.fixture
     def make(self) -> Make:
@@ -221,7 +223,7 @@ class Contract:
     def test_it_can_be_told_of_any_outcome_and_goes_on(self, proposer: Proposer, outcome: Outcome):
         proposer.tell(Told("cpu", {"train.py": GROWN}, outcome, 0.9 if outcome is Outcome.MEASURED else None))
         proposer.tell(Told("other", {"train.py": PROGRAM}, outcome, 0.9 if outcome is Outcome.MEASURED else None))
-        assert checked(proposer, proposer.ask(full_request()), {"train.py": GROWN})
+        assert checked(proposer, proposer.ask(full_request(self.count)), {"train.py": GROWN})
 
     def test_after_a_restart_in_the_middle_nothing_known_is_proposed(self, make: Make, proposer: Proposer):
         known, sources, history = set(full_request().known), set[str](), list[Told]()
