@@ -257,8 +257,9 @@ async def complete(
                 read, create, request = said.anthropic, client.messages.create, _anthropic_request
             stream = await create(**request(model, system, turns, schema))
             try:
-                async for event in stream:
-                    read(event)
+                async with stream:
+                    async for event in stream:
+                        read(event)
             except (ValueError, TypeError, AttributeError, KeyError, RecursionError):  # what an SDK makes of garbage
                 raise _Unfit(f"the server sent what is no answer of the {model.api.value} API") from None
     except _Unfit as error:
