@@ -60,6 +60,7 @@ from raysearch.runner import RunResult, RunSpec, read_result
 from raysearch.schedule import Slot
 from raysearch.study import CandidateState, Lane, Study, candidate_id
 from raysearch.task import task
+from raysearch.wording import clean
 
 POLL_S = 0.25
 POLL_WHILE_ASKING_S = 0.02
@@ -774,5 +775,4 @@ def lane_candidates(study: Study, profile: str) -> list[str]:
 
 def _subject(proposal: Proposal) -> str:
     """First line of a commit's message."""
-    text = " ".join(proposal.hypothesis.split()) or proposal.operator.value
-    return text if len(text) <= SUBJECT_LENGTH else text[: SUBJECT_LENGTH - 1] + "…"
+    return clean(proposal.hypothesis, SUBJECT_LENGTH) or proposal.operator.value
