@@ -306,7 +306,7 @@ class Coordinator:
             return
         digest = fingerprint(files)
         same = lane.fingerprints.get(digest)
-        if same is not None:
+        if same is not None and same not in self._carried(proposal):  # what holds the new step already stays as it is
             self._record(Refused(proposal.id, f"the same program as {same}"))
             return
         near = self._near(lane, proposal, files)
@@ -315,6 +315,11 @@ class Coordinator:
             return
         self._repo.keep(proposal.id, commit)
         self._record(Materialised(proposal.id, commit, digest, size(files)))
+
+    def _carried(self, proposal: Proposal) -> set[str]:
+        """All candidates that a proposal carries, and those that they carried."""
+        names = set(proposal.carries)
+        return names.union(*(self._carried(self._study.candidate(name).candidate.proposal) for name in names))
 
     def _against(self, proposal: Proposal, files: Mapping[str, str]) -> str | None:
         """Which of the human's directions a proposal breaks; what was confirmed before they came stays a win."""
