@@ -69,10 +69,12 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+    seen: Seen
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        act = self.server.next_act(Seen(self.path, dict(self.headers.items()), body))
+        self.seen = Seen(self.path, dict(self.headers.items()), body)
+        act = self.server.next_act(self.seen)
         self.server.arrived.release()
         act(self)
 

@@ -27,6 +27,7 @@ from raysearch.knobs import Value, read_knobs
 from raysearch.model import Measurement, Outcome
 from raysearch.profile import Hardware
 from raysearch.proposers import Idea, Proposer, Request
+from raysearch.proposers.prices import Purse
 from raysearch.proposers.tune import TuneProposer
 from raysearch.ratchet import Ratchet
 from raysearch.runner import RunResult, RunSpec
@@ -101,6 +102,7 @@ class ToyExecutor:
         self.slots = {f"slot{number}": ToySlot(kind) for number, kind in enumerate(hardware)}
         self.behaviour = behaviour
         self.started: list[RunSpec] = []
+        self.step_s = math.inf  # that pass in a poll at most
         self._reports: list[Report] = [
             SlotJoined(SlotInfo(name, slot.hardware, preset, None, True)) for name, slot in self.slots.items()
         ]
@@ -115,7 +117,7 @@ class ToyExecutor:
 
     def poll(self, timeout_s: float) -> list[Report]:
         time.sleep(0.0005)  # lets the proposer's thread in
-        due = self.clock.now + timeout_s
+        due = self.clock.now + min(timeout_s, self.step_s)
         busy = [(slot.ends_at, name) for name, slot in self.slots.items() if slot.running]
         if busy and min(busy)[0] <= due:
             ends_at, name = min(busy)
@@ -168,11 +170,14 @@ class Toy:
     behaviour: Behaviour | None = None
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     program: str = PROGRAM
+    protected: dict[str, str] = field(default_factory=dict[str, str])
     proposer: Proposer | None = None
+    others: tuple[Proposer, ...] = ()  # asked after that one
+    purse: Purse | None = None
     preset: str = ""
-    said: io.StringIO = field(default_factory=io.StringIO)
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
+    askers: list[Asker] = field(init=False)
     coordinator: Coordinator = field(init=False)
     said: io.StringIO = field(default_factory=io.StringIO)  # by the console
 
@@ -181,7 +186,7 @@ class Toy:
         return Folder(self.path)
 
     def config(self) -> StudyConfig:
-        task = {"kind": "command", "command": ["never run"], "metric": "score"}
+        task = {"kind": "command", "command": ["never run"], "metric": "score", "protected": [*self.protected]}
         return parse_config({"name": self.path.name, "objective": task, **self.options}, where="test")
 
     def drive(
@@ -194,12 +199,12 @@ class Toy:
         """Starts or continues the study, as the command line does; returns why it ended."""
         config = self.config()
         if not self.folder.config.exists():
-            folders.make(self.folder, config, {"train.py": self.program}, at=self.clock())
+            folders.make(self.folder, config, {"train.py": self.program, **self.protected}, at=self.clock())
         journal = journal_type(self.folder.journal, writer=True)
         try:
-            proposer = self.proposer or TuneProposer(seed=1)
+            proposers = (self.proposer or TuneProposer(seed=1), *self.others)
             self.study = folders.replay(config, journal, max_trials=trials)
-            self.study.settings = replace(self.study.settings, proposers=(proposer.name,))
+            self.study.settings = replace(self.study.settings, proposers=tuple(one.name for one in proposers))
             repo = Ratchet.open(self.folder.repo)
             folders.check_ratchets(self.study, repo, self.folder)
             self.executor = ToyExecutor(self.clock, self.hardware, self.behaviour, self.preset)
@@ -211,6 +216,7 @@ class Toy:
                     return poll(timeout_s)
 
                 self.executor.poll = watched
+            self.askers = [Asker(proposer, self.clock) for proposer in proposers]
             self.coordinator = Coordinator(
                 folder=self.folder,
                 config=config,
@@ -218,9 +224,10 @@ class Toy:
                 journal=journal,
                 repo=repo,
                 executor=self.executor,
-                askers=[Asker(proposer, self.clock)],
+                askers=self.askers,
                 console=Console(self.study, name="toy", metric="score", stream=self.said),
                 session=Session("toy", "session"),
+                purse=self.purse,
                 clock=self.clock,
             )
             return self.coordinator.run()
