@@ -180,7 +180,6 @@ ANSWERS: list[tuple[Act, str]] = [
     (forever(EMPTY_EVENT), "m: no whole answer within 2.5 s"),
     (says(proposal(path="harness.py")), "edit 1: 'harness.py' may not be edited; editable: train.py"),
     (says(proposal(path="../x")), "edit 1: '../x' may not be edited; editable: train.py"),
-    (says(proposal(path="/tmp/x")), "edit 1: '/tmp/x' may not be edited; editable: train.py"),
     (says(proposal(replace="    return (")), r"train.py:\d+: .* the program must be valid Python: mend that line"),
 ]
 
@@ -204,14 +203,16 @@ def honest(handler: Handler) -> None:
 
 @pytest.mark.parametrize("api", ["openai", "anthropic"])
 def test_a_study_goes_on_beside_a_hostile_endpoint(attack: Attack, api: str):
-    attack.with_model(obstinate((act for act, _ in ANSWERS), honest), api=api, timeout_s=2.5)
-    attack.drive(lambda toy: len(toy.study.dropped) >= len(ANSWERS))
+    absolute = says(proposal(path=str(attack.around / "x")))
+    answers = [*ANSWERS, (absolute, "edit 1: '/.*' may not be edited; editable: train.py")]
+    attack.with_model(obstinate((act for act, _ in answers), honest), api=api, timeout_s=2.5)
+    attack.drive(lambda toy: len(toy.study.dropped) >= len(answers))
     dropped = attack.dropped()
     reasons = [event.reason for event in dropped]
-    for _, wanted in ANSWERS:
+    for _, wanted in answers:
         assert any(re.fullmatch(wanted, reason) for reason in reasons), (wanted, reasons)
     for event in dropped:
-        assert any(re.fullmatch(wanted, event.reason) for _, wanted in ANSWERS), event.reason
+        assert any(re.fullmatch(wanted, event.reason) for _, wanted in answers), event.reason
         assert (event.profile, event.proposer, event.model) == ("cpu", "chat", "m")
         assert event.cost_usd > 0
 
@@ -440,6 +441,7 @@ def test_patches_that_reach_beyond_train_py_are_refused_whoever_makes_them(attac
     attack.with_proposer(wicked)
     attack.drive(lambda _: not wicked.patches)
     assert attack.dropped() == []
+    assert not Path("/tmp/raysearch-x").exists()
     refused = {proposal.patch: reason for proposal, reason in attack.toy.replayed().refused}
     assert {patch[:200] for patch in refused} >= {patch[:200] for patch in PATCHES}
     for patch in PATCHES:

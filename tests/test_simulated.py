@@ -655,6 +655,13 @@ def test_no_slot_waits_for_a_proposer_that_takes_minutes_fails_or_hangs(parallel
     assert found.share > 0.05  # and its ideas are tried
 
 
+@pytest.mark.parametrize(("failing", "hanging"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_no_slot_waits_for_a_proposer_that_gives_nothing_or_little(failing: float, hanging: float):
+    found = Task(8, failing=failing, hanging=hanging, hours=1.5).run()
+    assert found.idle < 0.01
+    assert (found.share > 0) == (failing < 1 and hanging < 1)
+
+
 def test_a_proposer_that_takes_minutes_feeds_the_slots_alone_when_it_works_on_enough_at_once():
     found = Task(16, alone=True, hours=1.0).run()
     assert found.idle_later < 0.01 < found.idle  # before it has answered for the first time there is nothing to run
