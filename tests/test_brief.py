@@ -272,9 +272,7 @@ def test_who_wants_a_brief_gets_one_of_the_moment_of_the_ask(tmp_path: Path):
         assert (request.profile, request.base) == (one.profile.slug, one.head_commit)
         assert "`score`: lower is better" in request.task
         assert "never run" in request.task
-    last = found[-1]
-    assert last is not None
-    assert last.runs >= 3
+    assert max(one.runs for one in found if one is not None) >= 3
     assert {told.trial for told in proposer.told} == {
         name
         for name, run in toy.study.trials.items()
