@@ -308,7 +308,8 @@ def test_status_and_summary_show_what_was_paid_and_that_it_is_too_early_to_say()
     (worth,) = found["worth"]
     assert (worth["author"], worth["worth"], worth["tried"], worth["tune_tried"]) == ("chat (m)", "too_early", 2, 1)
     text = report.status_text(found)
-    assert "chat: 3 proposals, 1 refused, 1 answer without a proposal, 50 % usable, 1 promising, 1 confirmed; gain 0." in text
+    counts = "chat: 3 proposals, 1 refused, 1 answer without a proposal, 50 % usable, 1 promising, 1 confirmed; gain 0."
+    assert counts in text
     assert "1.00 USD, 0." in text
     assert "25.0 s an answer" in text
     assert "  m draft: 1 proposal, 1 promising, 1 confirmed; gain" in text
