@@ -339,6 +339,14 @@ def test_what_changes_least_comes_first(study: Study):
     assert sorted(order, key=earlier.index) == order
 
 
+def test_a_shortened_program_keeps_its_form_while_facts_grow():
+    studies = [realistic(until_s=until_s).study for until_s in range(100, 1500, 100)]
+    texts = [context(request_of(study, source=TRAIN), 17_000) for study in studies]
+    forms = [text[text.index("## Program") : text.index("## Now")] for text in texts]
+    assert "lines are left out here" in forms[0]  # it does not fit as a whole
+    assert 1 <= sum(earlier != later for earlier, later in pairwise(forms)) <= 3
+
+
 def test_knobs_that_count_are_named_and_others_are_not():
     runs = Runs()
     for run in runs_of(80):

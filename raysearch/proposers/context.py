@@ -25,6 +25,7 @@ from raysearch.yields import Author, Yield
 # that do worse. Digits, of which some make a token each, and bytes of other scripts count one: logs are full of them.
 BYTES_A_TOKEN = 2.5
 PROGRAM_SHARE = 0.75  # of what task, directions and hardware leave, for the program; more if the rest needs less
+ROOM_STEP = 1_000  # tokens; so that a program has the same form in ask after ask, while facts grow by a line each
 DIRECTIONS = "program.md"
 
 _RULES = f"""\
@@ -65,7 +66,8 @@ def context(request: Request, tokens: int, *, runs: Runs | None = None) -> str:
     shapes = list(_shapes())
     most, least = (_cost(_facts(request, importance, shape)) for shape in (shapes[0], shapes[-1]))
     left = tokens - _cost(stable)
-    program = _program(request, max(PROGRAM_SHARE * (left - least), left - most))
+    room = max(PROGRAM_SHARE * (left - least), left - most)
+    program = _program(request, room - room % ROOM_STEP)
     text = ""
     for shape in shapes:
         text = "\n\n".join((stable, program, _facts(request, importance, shape))) + "\n"
