@@ -166,7 +166,8 @@ def _yield_line(one: YieldStatus, name: str) -> str:
     worth: list[str] = []
     if one["gain_per_hour"] is not None:
         hours = f"{one['seconds'] / 3600:.2f} h of slots"
-        worth.append(f"gain {one['gain']:.4f} in {hours}, {one['gain_per_hour']:.{GAIN_PLACES}f} an hour")
+        gained = f"gain {one['gain']:.4f} in {hours}, {one['gain_per_hour']:.{GAIN_PLACES}f} an hour"
+        worth.append(gained if one["confirmed"] else f"no gain in {hours}")
     if one["tokens_in"] or one["tokens_out"] or one["cost_usd"]:
         paid = f"{one['cost_usd']:.2f} USD"
         paid += f", {one['gain_per_usd']:.{GAIN_PLACES}f} a USD" if one["gain_per_usd"] is not None else ""
