@@ -77,7 +77,7 @@ class Bench:
 
     def __init__(self, api: Api, *acts: Act, **options: Any) -> None:
         self.server = Server(*acts)
-        names = ("temperature", "timeout_s", "structured", "max_output_tokens", "context_tokens", "price")
+        names = ("temperature", "timeout_s", "structured", "lines_only", "max_output_tokens", "context_tokens", "price")
         settings: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
         path = "/v1" if api is Api.OPENAI else ""
         settings = {"price": PRICE} | settings
@@ -176,6 +176,17 @@ def test_what_anthropic_is_asked_has_the_system_apart_and_the_schema(bench_of: B
     assert seen.body["output_config"] == {"format": {"type": "json_schema", "schema": SCHEMA}}
     assert "temperature" not in seen.body
     assert KEY in " ".join(seen.headers.values())
+
+
+def test_a_model_may_be_held_to_lines_that_are_there(bench_of: BenchOf):
+    bench = bench_of(says(GOOD), lines_only=True)
+    bench.idea()
+    schema = bench.server.seen[0].body["response_format"]["json_schema"]["schema"]
+    (place,) = schema["properties"]["edits"]["items"]["anyOf"]
+    assert place["properties"]["path"]["enum"] == ["train.py"]
+    assert set(place["properties"]["search"]["enum"]) <= set(PROGRAM.splitlines())
+    with pytest.raises(UserError, match="lines_only needs a form that is enforced; leave structured = 'text' out"):
+        ChatModel("m", lines_only=True, structured=Structured.TEXT)
 
 
 def test_other_servers_are_told_the_schema_as_they_know_it(bench_of: BenchOf):

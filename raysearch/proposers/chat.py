@@ -76,8 +76,6 @@ That answer cannot be used: {error}
 
 Answer again with one complete JSON object that does not have this fault."""
 
-_SCHEMA = json.dumps(edits.SCHEMA)
-
 
 class Closed(Exception):
     """The proposer was closed while it was asked."""
@@ -290,7 +288,7 @@ class ChatProposer(Proposer):
         is_halved = False
         while True:
             try:
-                return await self._call(turns, bill)
+                return await self._call(request, turns, bill)
             except EndpointError as error:
                 bill.trouble = str(error)
                 if error.fault is Fault.OVERFLOW and not is_halved:
@@ -309,19 +307,21 @@ class ChatProposer(Proposer):
         own = jitter * min(PAUSE_S[1], PAUSE_S[0] * 2 ** min(tries, 10))
         return own if after_s is None else max(own, min(after_s, RETRY_AFTER_S))
 
-    async def _call(self, turns: Sequence[Turn], bill: _Bill) -> Reply:
+    async def _call(self, request: Request, turns: Sequence[Turn], bill: _Bill) -> Reply:
         """One call within its time, paid for.
 
         What broke off counts with all that was set aside for it: nobody says how much of it was written.
         """
         model, price = bill.model, self._prices[bill.model]
-        worst = price.worst_usd(tokens_in=most_tokens(SYSTEM, turns, _SCHEMA), tokens_out=model.max_output_tokens)
+        schema = edits.schema_of_lines(request.files, turns[0].text) if model.lines_only else edits.SCHEMA
+        most = most_tokens(SYSTEM, turns, json.dumps(schema))
+        worst = price.worst_usd(tokens_in=most, tokens_out=model.max_output_tokens)
         estimate = Usage(estimated_tokens(SYSTEM + "".join(turn.text for turn in turns)), 0)
         await self._reserve(worst)
         cost, usage = worst, estimate
         try:
             async with asyncio.timeout(model.timeout_s):
-                reply = await complete(model, key=self._keys[model], system=SYSTEM, turns=turns, schema=edits.SCHEMA)
+                reply = await complete(model, key=self._keys[model], system=SYSTEM, turns=turns, schema=schema)
             usage = reply.usage or Usage(estimate.tokens_in, estimated_tokens(reply.text))
             cost = price.cost_usd(
                 tokens_in=usage.tokens_in, tokens_out=usage.tokens_out, cached=usage.cached, written=usage.written

@@ -76,6 +76,8 @@ class ChatModel:
         context_tokens: Of prompt and answer together.
         timeout_s: Seconds that a call may take to the end of its answer.
         structured: How the form of the answer is enforced.
+        lines_only: Whether the form lists the lines that an edit may replace, for small models, on servers that enforce
+            any schema (llama.cpp, vLLM); the others refuse one so long.
         price: In place of the price table's.
     """
 
@@ -89,6 +91,7 @@ class ChatModel:
     context_tokens: int = 64_000
     timeout_s: float = 300.0
     structured: Structured = Structured.JSON_SCHEMA
+    lines_only: bool = False
     price: Price | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +122,8 @@ class ChatModel:
         if self.structured not in _WAYS[self.api]:
             known = ", ".join(way.value for way in _WAYS[self.api])
             raise UserError(f"{name}: structured {self.structured.value!r} is not for {self.api.value}; known: {known}")
+        if self.lines_only and self.structured is Structured.TEXT:
+            raise UserError(f"{name}: lines_only needs a form that is enforced; leave structured = 'text' out")
 
     @property
     def prompt_tokens(self) -> int:
