@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysearch.model import Operator
+from raysearch.outline import note
 from raysearch.proposers import edits
 from raysearch.proposers.edits import SCHEMA, Answer, AnswerError, Edit, apply, parse, schema_of_lines
 
@@ -247,6 +248,11 @@ def test_where_no_line_can_be_named_the_schema_is_the_wide_one():
     dos = {"train.py": PROGRAM.replace("\n", "\r\n")}
     lines = schema_of_lines(dos, PROGRAM)["properties"]["edits"]["items"]["anyOf"][0]["properties"]["search"]["enum"]
     assert "DEPTH = 6" in lines
+
+
+def test_lines_that_were_not_shown_are_not_lost_by_a_whole_file():
+    said = refusal(answer(file=PROGRAM.replace("    return LR", f"    {note(12)}\n    return LR")))
+    assert said.startswith("train.py would hold '# [12 lines are left out here]', which stands for lines that were not")
 
 
 TEXTS = st.text(alphabet="ab\n\r é", max_size=12)

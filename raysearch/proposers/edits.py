@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from raysearch import outline
 from raysearch.model import Operator
 from raysearch.wording import clean, plural
 
@@ -276,6 +277,9 @@ def apply(answer: Answer, files: Mapping[str, str]) -> dict[str, str]:
         lines = text.count("\n")
         if lines > MAX_LINES:
             raise AnswerError(f"{path} would have {lines} lines; at most {MAX_LINES} are allowed")
+        notes = outline.notes(text)
+        if len(notes) > len(outline.notes(files[path])):
+            raise AnswerError(f"{path} would hold {notes[0]!r}, which stands for lines that were not shown; give edits")
     return changed
 
 
