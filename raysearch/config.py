@@ -152,6 +152,11 @@ class StudyConfig(_Section):
         """Who is asked; the first one has most of the line, the quick ones fill in for those that take long."""
         return tuple(self.search.proposers or self._minds() + PROPOSERS)
 
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """Variables of the environment that the user has named as those that hold a model's key."""
+        return tuple(sorted({str(table["key_env"]) for table in self.models if table.get("key_env")}))
+
     def settings(self, max_trials: int | None) -> Settings:
         """What the study's decisions need of this."""
         return Settings(

@@ -472,6 +472,7 @@ class Coordinator:
             out=str(self._folder.trials / trial.id),
             futile_above=trial.futile_above,
             waiting=how.waiting,
+            withheld=self._config.key_names,
         )
         self._record(TrialStarted(trial, command.attempt, command.slot))
         try:

@@ -371,6 +371,7 @@ def _coordinate(
         preset=config.preset if task.has_presets else "",
         dataset=config.dataset,
         datasets=config.datasets,
+        withheld=config.key_names,
     )
     slots = config.slots
     console = Console(study, name=config.name, metric=task.metric)
