@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+SECRET_CHARS = 8  # a shorter value is no key, and may stand in any text
+
 _CONTAINED = ("SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL")
 _ENDS = ("KEY", "KEYS", "TOKEN")  # of a word: MY_APIKEY too; TOKENS are what a program counts
 _WORDS = ("AUTH", "BEARER", "COOKIE", "PAT")  # SSH_AUTH_SOCK is the way to the user's keys

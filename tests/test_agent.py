@@ -409,6 +409,7 @@ def test_close_ends_what_is_at_work_and_nothing_is_started_afterwards(lab: Lab):
     for thread in threads:
         thread.start()
     eventually(lambda: pids.exists() and pids.read_text() and len(lab.at_work()) == 2)
+    eventually(lambda: all((root / "supervisor.log").exists() for root in lab.at_work()))  # both were started
     proposer.close()
     for thread in threads:
         thread.join()

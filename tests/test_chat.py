@@ -632,7 +632,7 @@ def test_a_price_that_is_not_known_is_free_nearby_and_refused_under_a_cap():
         of("a/other", "https://openrouter.ai/api/v1")
     assert str(error.value) == (
         "the price of model 'a/other' is not known, so a spend cap cannot hold; "
-        'add ["a/other"] with input and output in USD per million tokens to the price file'
+        'add ["a/other"] with input and output in USD per million tokens to a file for --prices'
     )
     assert of("other", capped=False) == FREE
     assert notes[0].startswith("the price of model 'other' is not known, its cost counts as 0; add [other]")

@@ -22,7 +22,7 @@ from raysearch.proposers.agent_commands import CodingAgent, arguments, environme
 from raysearch.proposers.agent_output import Said, read_claim, read_output
 from raysearch.proposers.agent_run import AgentRun, Ended, sweep
 from raysearch.proposers.scratch import Rejected, Scratch, disarm, forget, remove
-from raysearch.secrecy import is_secret
+from raysearch.secrecy import SECRET_CHARS, is_secret
 from raysearch.wording import clean, last_line
 
 MARGIN_S = 60.0  # beside the time limit: the scratch folder, the end of the agent's processes, the check
@@ -30,7 +30,6 @@ ANOTHER = 0.5  # of the time limit has to be left for another run within one ask
 KEPT = 5  # scratch folders of runs that came to nothing
 KEPT_LOG_BYTES = 2**20  # of what each printed, the end
 CONTEXT_TOKENS = 24_000
-SECRET_CHARS = 8
 DIRECTIONS_FILE = "program.md"
 CONTEXT_FILE = "CONTEXT.md"
 
