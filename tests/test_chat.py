@@ -638,6 +638,15 @@ def test_a_price_that_is_not_known_is_free_nearby_and_refused_under_a_cap():
     assert notes[0].startswith("the price of model 'other' is not known, its cost counts as 0; add [other]")
 
 
+def test_a_model_without_a_price_is_not_asked_any_more_when_a_cap_comes():
+    purse = Purse(None)
+    proposer = made(models=[ChatModel("unheard-of")], purse=purse)
+    purse.limit_usd = 5.0
+    with pytest.raises(SpentUp, match="the price of model 'unheard-of' is not known, so a spend cap cannot hold; add"):
+        proposer.ask(REQUEST)
+    proposer.close()
+
+
 def test_what_is_local():
     near = ("127.0.0.1", "[::1]", "localhost", "10.0.0.7", "192.168.1.2", "172.16.0.1", "gpu-box", "gpu-box.local")
     far = ("api.openai.com", "8.8.8.8", "172.32.0.1", "example.org", "[2606:4700::1111]")
