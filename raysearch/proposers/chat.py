@@ -242,6 +242,8 @@ class ChatProposer(Proposer):
 
     async def _answer(self, request: Request, bill: _Bill, ends_at: float) -> Idea | NoIdea:
         """One idea: an answer, or the second one when something was wrong with the first."""
+        if bill.model in self._unpriced and self._purse.limit_usd is not None:  # the directions may bring a cap
+            raise SpentUp(self._unpriced[bill.model])
         turns = [Turn("user", self._context(request, bill.model.prompt_tokens))]
         reason = ""
         for _ in range(2):
@@ -330,8 +332,6 @@ class ChatProposer(Proposer):
         """
         model, price = bill.model, self._prices[bill.model]
         worst = price.worst_usd(tokens_in=most_tokens(SYSTEM, turns, _SCHEMA), tokens_out=model.max_output_tokens)
-        if model in self._unpriced and self._purse.limit_usd is not None:  # the directions may set one at any time
-            raise SpentUp(self._unpriced[model])
         estimate = Usage(estimated_tokens(SYSTEM + "".join(turn.text for turn in turns)), 0)
         await self._reserve(worst)
         cost, usage = worst, estimate
