@@ -643,10 +643,19 @@ def test_a_price_that_is_not_known_is_free_nearby_and_refused_under_a_cap():
         of("a/other", "https://openrouter.ai/api/v1")
     assert str(error.value) == (
         "the price of model 'a/other' is not known, so a spend cap cannot hold; "
-        'add ["a/other"] with input and output in USD per million tokens to the price file'
+        'add ["a/other"] with input and output in USD per million tokens to a file for --prices'
     )
     assert of("other", capped=False) == FREE
     assert notes[0].startswith("the price of model 'other' is not known, its cost counts as 0; add [other]")
+
+
+def test_a_model_without_a_price_is_not_asked_any_more_when_a_cap_comes():
+    purse = Purse(None)
+    proposer = made(models=[ChatModel("unheard-of")], purse=purse)
+    purse.limit_usd = 5.0
+    with pytest.raises(SpentUp, match="the price of model 'unheard-of' is not known, so a spend cap cannot hold; add"):
+        proposer.ask(REQUEST)
+    proposer.close()
 
 
 def test_what_is_local():

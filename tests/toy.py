@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raysearch import folder as folders
+from raysearch import minds
 from raysearch.asker import Asker
 from raysearch.config import StudyConfig, parse_config
 from raysearch.console import Console
@@ -27,6 +28,7 @@ from raysearch.knobs import Value, read_knobs
 from raysearch.model import Measurement, Outcome
 from raysearch.profile import Hardware
 from raysearch.proposers import Idea, Proposer, Request
+from raysearch.proposers.prices import Purse
 from raysearch.proposers.tune import TuneProposer
 from raysearch.ratchet import Ratchet
 from raysearch.runner import RunResult, RunSpec
@@ -160,7 +162,11 @@ class ToyExecutor:
 
 @dataclass
 class Toy:
-    """A study in a folder, which can be driven again and again."""
+    """A study in a folder, which can be driven again and again.
+
+    Its proposers are the one that is given, or those of its options where these have a model or an agent, or the one
+    that moves knobs.
+    """
 
     path: Path
     clock: Clock = field(default_factory=Clock)
@@ -170,9 +176,10 @@ class Toy:
     program: str = PROGRAM
     proposer: Proposer | None = None
     preset: str = ""
-    said: io.StringIO = field(default_factory=io.StringIO)
+    max_usd: float | None = None
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
+    purse: Purse = field(init=False)
     coordinator: Coordinator = field(init=False)
     said: io.StringIO = field(default_factory=io.StringIO)  # by the console
 
@@ -197,9 +204,11 @@ class Toy:
             folders.make(self.folder, config, {"train.py": self.program}, at=self.clock())
         journal = journal_type(self.folder.journal, writer=True)
         try:
-            proposer = self.proposer or TuneProposer(seed=1)
             self.study = folders.replay(config, journal, max_trials=trials)
-            self.study.settings = replace(self.study.settings, proposers=(proposer.name,))
+            self.purse = Purse(self.max_usd)
+            proposers = self._proposers(config)
+            names = tuple(proposer.name for proposer in proposers)
+            self.study.settings = replace(self.study.settings, proposers=names)
             repo = Ratchet.open(self.folder.repo)
             folders.check_ratchets(self.study, repo, self.folder)
             self.executor = ToyExecutor(self.clock, self.hardware, self.behaviour, self.preset)
@@ -218,14 +227,20 @@ class Toy:
                 journal=journal,
                 repo=repo,
                 executor=self.executor,
-                askers=[Asker(proposer, self.clock)],
+                askers=[Asker(proposer, self.clock) for proposer in proposers],
                 console=Console(self.study, name="toy", metric="score", stream=self.said),
                 session=Session("toy", "session"),
+                purse=self.purse,
                 clock=self.clock,
             )
             return self.coordinator.run()
         finally:
             journal.close()
+
+    def _proposers(self, config: StudyConfig) -> list[Proposer]:
+        if self.proposer or not config.minds:
+            return [self.proposer or TuneProposer(seed=1)]
+        return minds.make(config, minds.Place(self.folder.scratch, {}, self.purse, lambda _: None))
 
     def replayed(self) -> Study:
         """The study as its journal alone has it."""

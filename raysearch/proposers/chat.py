@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from raysearch.errors import UserError
 from raysearch.knobs import fingerprint
@@ -144,12 +145,12 @@ class ChatProposer(Proposer):
             raise UserError("proposer 'chat' has no model; name one, with its API or base_url")
         self._keys: dict[ChatModel, str] = {}
         self._prices: dict[ChatModel, Price] = {}
-        capped = purse.limit_usd is not None
+        self._unpriced: dict[ChatModel, str] = {}
         for model in models:
             check_sdk(model.api)
             self._keys[model] = model.key(environ)
-            self._prices[model] = model.price or price_of(
-                model.name, base_url=model.base_url, prices=prices, capped=capped, note=note
+            self._prices[model] = model.price or self._price(
+                model, prices, capped=purse.limit_usd is not None, note=note
             )
         self.parallel = parallel
         self.limit_s = limit_s
@@ -161,6 +162,19 @@ class ChatProposer(Proposer):
         self._chance = random.Random(seed)
         self._asks: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
         self._closed = False
+
+    def _price(
+        self, model: ChatModel, prices: Mapping[str, Price], *, capped: bool, note: Callable[[str], None]
+    ) -> Price:
+        """What a model costs; one whose price is not known may not be asked as soon as there is a cap."""
+        find = partial(price_of, model.name, base_url=model.base_url, prices=prices, note=note)
+        try:
+            return find(capped=True)
+        except UserError as error:
+            if capped:
+                raise
+            self._unpriced[model] = str(error)
+            return find(capped=False)
 
     def ask(self, request: Request) -> Sequence[Idea | NoIdea]:
         """As many answers as are asked for, one after the other; see `Proposer.ask`.
@@ -226,6 +240,8 @@ class ChatProposer(Proposer):
 
     async def _answer(self, request: Request, bill: _Bill, ends_at: float) -> Idea | NoIdea:
         """One idea: an answer, or the second one when something was wrong with the first."""
+        if bill.model in self._unpriced and self._purse.limit_usd is not None:  # the directions may bring a cap
+            raise SpentUp(self._unpriced[bill.model])
         turns = [Turn("user", self._context(request, bill.model.prompt_tokens))]
         reason = ""
         for _ in range(2):
