@@ -209,7 +209,13 @@ def _agent(name: str, config: StudyConfig, task: Objective, place: Place, prices
         clock=time.monotonic,
         price=price,
     )
-    return AgentProposer(parse_agent(name, config.agents[name]), around, parallel=config.search.parallel)
+    agent = parse_agent(name, config.agents[name])
+    if place.purse.limit_usd is not None and not agent.max_usd:
+        place.note(
+            f"agent {name}: without a max_usd of its own one run may pass the cap, since its cost is known when it "
+            "has ended; give it one in the file of --minds"
+        )
+    return AgentProposer(agent, around, parallel=config.search.parallel)
 
 
 def _checks(task: Objective) -> Callable[[Mapping[str, str]], None]:

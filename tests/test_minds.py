@@ -349,3 +349,15 @@ def test_what_cannot_work_leaves_a_study_as_it_was(capsys: pytest.CaptureFixture
     assert "Ray" not in error
     assert len(error.strip().splitlines()) == 1, error
     assert went(capsys) == (config, [])
+
+
+def test_an_agent_that_may_pass_the_cap_is_named(tmp_path: Path):
+    lines: list[str] = []
+    (tmp_path / "mine").write_text("#!/bin/sh\n")
+    (tmp_path / "mine").chmod(0o755)
+    for max_usd, named in ((0, True), (0.5, False)):
+        table = {"command": [str(tmp_path / "mine"), "{prompt}"], "max_usd": max_usd}
+        config = parse_config({"name": "s", "agents": {"mine": table}}, where="options")
+        minds.make(config, minds.Place(tmp_path / "scratch", {}, Purse(1.0), lines.append))
+        assert any("agent mine: without a max_usd" in line for line in lines) == named
+        lines.clear()
