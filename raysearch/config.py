@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -134,8 +135,11 @@ class StudyConfig(_Section):
 
     @model_validator(mode="after")
     def _knows_who_is_asked(self) -> StudyConfig:
-        known = self._minds() + PROPOSERS
-        for name in self.search.proposers or ():
+        known = self.minds + PROPOSERS
+        asked = self.search.proposers or []
+        for name in asked:
+            if asked.count(name) > 1:
+                raise ValueError(f"search.proposers: {name!r} is there twice; name each proposer once")
             if name not in known:
                 more = "; chat needs --model, an agent needs --agent" if name not in PROPOSERS else ""
                 raise ValueError(f"search.proposers: {name!r} is not known; known here: {', '.join(known)}{more}")
@@ -144,13 +148,20 @@ class StudyConfig(_Section):
             raise ValueError(f"agents: {taken[0]!r} is the name of another proposer; give the agent another name")
         return self
 
-    def _minds(self) -> tuple[str, ...]:
+    @property
+    def minds(self) -> tuple[str, ...]:
+        """Proposers that models and agents of the study make."""
         return (*((CHAT,) if self.models else ()), *self.agents)
 
     @property
     def proposers(self) -> tuple[str, ...]:
         """Who is asked; the first one has most of the line, the quick ones fill in for those that take long."""
-        return tuple(self.search.proposers or self._minds() + PROPOSERS)
+        return tuple(self.search.proposers or self.minds + PROPOSERS)
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """Variables of the environment that the user has named as those that hold a model's key."""
+        return tuple(sorted({str(table["key_env"]) for table in self.models if table.get("key_env")}))
 
     def settings(self, max_trials: int | None) -> Settings:
         """What the study's decisions need of this."""
@@ -207,6 +218,32 @@ def parse_config(table: dict[str, Any], *, where: str) -> StudyConfig:
         raise UserError(f"{where}: {_told(error, table)}") from None
 
 
+def with_minds(config: StudyConfig, minds: Mapping[str, Any], proposers: Sequence[str] | None) -> StudyConfig:
+    """A configuration with other models, agents or prices, and perhaps with others who are asked.
+
+    Who is named in the configuration one by one stays so: models and agents that are new come in front, those that are
+    gone leave.
+
+    Args:
+        config: As it was.
+        minds: Of `models`, `agents` and `prices` those that change.
+        proposers: Who is asked; None leaves it to the rule above.
+
+    Raises:
+        UserError: What comes of it is against a rule.
+    """
+    table = {**config.model_dump(mode="json", exclude_none=True), **minds}
+    named = table["search"].pop("proposers", None)
+    if proposers is None and named is not None:
+        known = parse_config(table, where="options").minds + PROPOSERS
+        given = (*((CHAT,) if minds.get("models") else ()), *minds.get("agents", ()))
+        new = [name for name in given if name not in named]
+        proposers = [*new, *(name for name in named if name in known)] or None
+    if proposers is not None:
+        table["search"]["proposers"] = list(proposers)
+    return parse_config(table, where="options")
+
+
 def load_config(path: Path) -> StudyConfig:
     """Reads a `study.toml`.
 
@@ -246,4 +283,5 @@ def _told(error: ValidationError, table: dict[str, Any]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     value: object = first.get("input")
     shown = "" if isinstance(value, dict) else f" = {value!r}"
-    return f"{key or 'study.toml'}{shown}: {message[0].lower()}{message[1:]}; change it or leave it out"
+    place = f"{key}{shown}: " if key else ""
+    return f"{place}{message[0].lower()}{message[1:]}; change it or leave it out"

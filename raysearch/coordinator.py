@@ -101,7 +101,8 @@ class Coordinator:
         askers: Each asks one proposer.
         console: Shows what happens.
         session: Of this run.
-        purse: Of what proposers may cost, its cap as the command line has it; None where none costs anything.
+        purse: Of what proposers may cost in this session, its cap as the command line has it; what was spent in earlier
+            ones is counted here. None where none costs anything.
         clock: Unix time in seconds.
     """
 
@@ -131,6 +132,7 @@ class Coordinator:
         self._console = console
         self._session = session
         self._purse = purse if purse is not None else Purse(None)
+        self._purse.count(study.spent_usd)
         self._max_usd = self._purse.limit_usd
         self._clock = clock
         self._tuned = objective.tuned_file(self._objective.editable)
@@ -478,6 +480,7 @@ class Coordinator:
             out=str(self._folder.trials / trial.id),
             futile_above=trial.futile_above,
             waiting=how.waiting,
+            withheld=self._config.key_names,
         )
         self._record(TrialStarted(trial, command.attempt, command.slot))
         try:

@@ -25,8 +25,9 @@ SAID = {
 class YieldStatus(TypedDict):
     """What ideas cost and gave: a proposer's (`model` and `operator` are null), or those of one model and operator.
 
-    `dropped` are answers that were no proposal (of no operator), `tried` ideas whose fate runs have decided; `gain` is
-    in the metric's units, positive is better; `seconds` are of slots, for the ideas' own runs.
+    `dropped` are answers that were no proposal (of no operator), `usable` the share of all answers that became
+    candidates, `tried` ideas whose fate runs have decided; `gain` is in the metric's units, positive is better;
+    `seconds` are of slots, for the ideas' own runs.
     """
 
     proposer: str
@@ -35,6 +36,7 @@ class YieldStatus(TypedDict):
     proposals: int
     refused: int
     dropped: int
+    usable: float | None
     tried: int
     screened: int
     confirmed: int
@@ -115,6 +117,7 @@ def _yield_status(one: Yield, proposer: str, *, model: str | None, operator: str
         proposals=one.proposals,
         refused=one.refused,
         dropped=one.dropped,
+        usable=one.usable,
         tried=one.tried,
         screened=one.screened,
         confirmed=one.confirmed,
@@ -157,11 +160,14 @@ def _yield_line(one: YieldStatus, name: str) -> str:
         counts.append(f"{one['refused']} refused")
     if one["dropped"]:
         counts.append(f"{plural(one['dropped'], 'answer')} without a proposal")
+    if one["usable"] is not None and one["usable"] < 1 and one["proposals"]:
+        counts.append(f"{100 * one['usable']:.0f} % usable")
     counts += [f"{one['screened']} promising", f"{one['confirmed']} confirmed"]
     worth: list[str] = []
     if one["gain_per_hour"] is not None:
         hours = f"{one['seconds'] / 3600:.2f} h of slots"
-        worth.append(f"gain {one['gain']:.4f} in {hours}, {one['gain_per_hour']:.{GAIN_PLACES}f} an hour")
+        gained = f"gain {one['gain']:.4f} in {hours}, {one['gain_per_hour']:.{GAIN_PLACES}f} an hour"
+        worth.append(gained if one["confirmed"] else f"no gain in {hours}")
     if one["tokens_in"] or one["tokens_out"] or one["cost_usd"]:
         paid = f"{one['cost_usd']:.2f} USD"
         paid += f", {one['gain_per_usd']:.{GAIN_PLACES}f} a USD" if one["gain_per_usd"] is not None else ""
@@ -188,7 +194,7 @@ def _worth_line(one: WorthStatus) -> str:
 def table(study: Study) -> list[list[str]]:
     """A head and rows: each proposer, and below it its models and operators where there are several."""
     hour = _hour(study)
-    head = ["proposer", "operator", "proposals", "refused", "no proposal", "promising", "confirmed", "gain"]
+    head = ["proposer", "operator", "proposals", "refused", "no proposal", "usable", "promising", "confirmed", "gain"]
     head += [f"{hour}s", f"gain a {hour}", "USD", "gain a USD", "tokens in", "tokens out", "s an answer"]
     rows = [head]
     for one in tally.proposers(study):
@@ -218,7 +224,9 @@ def _kind(author: Author) -> str:
 def _yield_cells(one: Yield) -> list[str]:
     paid = one.tokens_in or one.tokens_out or one.cost_usd
     return [
-        *map(str, (one.proposals, one.refused, one.dropped, one.screened, one.confirmed)),
+        *map(str, (one.proposals, one.refused, one.dropped)),
+        "–" if one.usable is None else f"{100 * one.usable:.0f} %",
+        *map(str, (one.screened, one.confirmed)),
         number(one.gain, places(one.gain)) if one.confirmed else "–",
         number(one.seconds / 3600, 2),
         number(one.gain_per_hour, GAIN_PLACES),

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raysearch.config import StudyConfig, load_config, parse_config, write_config
+from raysearch.config import StudyConfig, load_config, parse_config, with_minds, write_config
 from raysearch.errors import UserError
 from raysearch.journal import Journal
 from raysearch.ratchet import Ratchet
 from raysearch.study import InvalidTransition, Study
 
 LEAST_FREE_BYTES = 500 * 2**20
-CHANGEABLE = ("models", "agents", "prices")  # what a study may go on with others of
+CHANGEABLE = ("models", "agents", "prices")  # what a study may go on with others of, beside search.proposers
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -114,6 +114,9 @@ def only_folder(studies: Path) -> Folder:
 def configure(folder: Folder, chosen: Mapping[str, Any]) -> tuple[StudyConfig, bool]:
     """The configuration of a study: a new one of what was chosen, or its own if what was chosen does not contradict it.
 
+    A study may go on with other models, agents, prices and proposers: a server moves, a model is replaced, and what was
+    measured stays what it is. Nothing is written here, since what was chosen may yet turn out not to work.
+
     Returns:
         The configuration, and whether the study is new.
 
@@ -122,12 +125,12 @@ def configure(folder: Folder, chosen: Mapping[str, Any]) -> tuple[StudyConfig, b
     """
     if folder.config.exists():
         config = load_config(folder.config)
-        _check_same(config, {key: value for key, value in chosen.items() if key not in CHANGEABLE}, folder)
-        changed = {key: value for key, value in chosen.items() if key in CHANGEABLE}
-        if changed:  # a server moves, a model is replaced: what was measured stays what it is
-            config = parse_config({**config.model_dump(mode="json", exclude_none=True), **changed}, where="options")
-            write_config(folder.config, config)
-        return config, False
+        fixed = {key: value for key, value in chosen.items() if key not in CHANGEABLE}
+        if "search" in fixed:
+            fixed["search"] = {key: value for key, value in fixed["search"].items() if key != "proposers"}
+        _check_same(config, fixed, folder)
+        minds = {key: value for key, value in chosen.items() if key in CHANGEABLE}
+        return with_minds(config, minds, chosen.get("search", {}).get("proposers")), False
     if folder.path.exists() and any(folder.path.iterdir()):
         inside = ", ".join(sorted(path.name for path in folder.path.iterdir())[:5])
         raise UserError(

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raysearch import directions, objective
 from raysearch.config import CHAT, StudyConfig
@@ -36,7 +36,12 @@ from raysearch.proposers.tune import TuneProposer
 
 LIMIT_S = 600.0  # of an ask of a chat model, or twice as long as its slowest call may take
 READABLE = ("harness.py", "run.py", "evaluation.py", "prepare.py")  # of the trainer
-_KEYS = ("models", "agents", "prices")
+_FORMS = {  # of what a file may hold: the type, of what, and the words for it
+    "models": (list, dict, "tables, [[models]]"),
+    "agents": (dict, dict, "tables, [agents.NAME]"),
+    "prices": (str, str, "the path of a file"),
+}
+_NO_NAME = re.compile(r"[\s*]|://|:$|@[^@/]+:\d+(/|$)|@localhost\b")  # what is left of an option that went wrong
 _SPEC = re.compile(r"(?:(?P<weight>[0-9.]+)\*)?(?:(?P<api>openai|anthropic):)?(?P<name>.+?)(?:@(?P<url>https?://\S+))?")
 
 
@@ -94,7 +99,7 @@ def model_table(option: str) -> dict[str, Any]:
         weight = float((found and found["weight"]) or 1)
     except ValueError:
         found, weight = None, 0.0
-    if found is None:
+    if found is None or _NO_NAME.search(found["name"]):
         raise UserError(
             f"--model {option!r}: it must be [WEIGHT*][API:]NAME[@URL], such as gpt-5-mini, anthropic:NAME or "
             "NAME@http://127.0.0.1:8080/v1; all else about a model goes into a file, see --minds"
@@ -112,11 +117,15 @@ def _read(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}; --minds takes a readable TOML file") from None
-    unknown = next((key for key in table if key not in _KEYS), None)
-    if unknown is not None:
-        raise UserError(f"{path}: key {unknown!r} is not known; known here: {', '.join(_KEYS)}; remove it")
+    for key, value in table.items():
+        if key not in _FORMS:
+            raise UserError(f"{path}: key {key!r} is not known; known here: {', '.join(_FORMS)}; remove it")
+        whole, part, words = _FORMS[key]
+        parts: Any = cast("dict[str, Any]", value).values() if isinstance(value, dict) else value
+        if not isinstance(value, whole) or not all(isinstance(one, part) for one in parts):
+            raise UserError(f"{path}: {key} = {value!r}: it must be {words}; correct it")
     if "prices" in table:
-        table["prices"] = str((path.parent / str(table["prices"])).resolve())
+        table["prices"] = str((path.parent / table["prices"]).resolve())
     return table
 
 
@@ -143,15 +152,18 @@ def make(config: StudyConfig, place: Place) -> list[Proposer]:
         UserError: One of them cannot work: no key, no program, a package that is missing, a value against its rule.
     """
     task, seed = config.to_objective(), config.search.seed
+    prices = load_prices(Path(config.prices) if config.prices else None)
     makers: dict[str, Callable[[], Proposer]] = {
         "tune": lambda: tuner(config),
         "ablate": lambda: AblateProposer(seed=seed),
         "simplify": lambda: SimplifyProposer(seed=seed),
         "transfer": TransferProposer,
         "combine": CombineProposer,
-        CHAT: lambda: _chat(config, task, place),
+        CHAT: lambda: _chat(config, task, place, prices),
     }
-    return [makers[name]() if name in makers else _agent(name, config, task, place) for name in config.proposers]
+    return [
+        makers[name]() if name in makers else _agent(name, config, task, place, prices) for name in config.proposers
+    ]
 
 
 def tuner(config: StudyConfig) -> TuneProposer:
@@ -160,7 +172,7 @@ def tuner(config: StudyConfig) -> TuneProposer:
     return TuneProposer(searcher=config.search.searcher, seed=config.search.seed, path=path)
 
 
-def _chat(config: StudyConfig, task: Objective, place: Place) -> Proposer:
+def _chat(config: StudyConfig, task: Objective, place: Place, prices: Mapping[str, Price]) -> Proposer:
     models = [convert(table, ChatModel, where=f"[[models]] {table.get('name', '?')}") for table in config.models]
     teller = Teller()
     return ChatProposer(
@@ -170,7 +182,7 @@ def _chat(config: StudyConfig, task: Objective, place: Place) -> Proposer:
         check=_checks(task),
         refusal=_against,
         purse=place.purse,
-        prices=_prices(config),
+        prices=prices,
         seed=config.search.seed,
         parallel=config.search.parallel,
         limit_s=max(LIMIT_S, *(2.2 * model.timeout_s for model in models)),
@@ -178,9 +190,8 @@ def _chat(config: StudyConfig, task: Objective, place: Place) -> Proposer:
     )
 
 
-def _agent(name: str, config: StudyConfig, task: Objective, place: Place) -> Proposer:
+def _agent(name: str, config: StudyConfig, task: Objective, place: Place, prices: Mapping[str, Price]) -> Proposer:
     teller = Teller()
-    prices = _prices(config)
 
     def price(model: str, tokens_in: int, tokens_out: int) -> float | None:
         known = prices.get(model)
@@ -198,11 +209,13 @@ def _agent(name: str, config: StudyConfig, task: Objective, place: Place) -> Pro
         clock=time.monotonic,
         price=price,
     )
-    return AgentProposer(parse_agent(name, config.agents[name]), around, parallel=config.search.parallel)
-
-
-def _prices(config: StudyConfig) -> Mapping[str, Price]:
-    return load_prices(Path(config.prices) if config.prices else None)
+    agent = parse_agent(name, config.agents[name])
+    if place.purse.limit_usd is not None and not agent.max_usd:
+        place.note(
+            f"agent {name}: without a max_usd of its own one run may pass the cap, since its cost is known when it "
+            "has ended; give it one in the file of --minds"
+        )
+    return AgentProposer(agent, around, parallel=config.search.parallel)
 
 
 def _checks(task: Objective) -> Callable[[Mapping[str, str]], None]:

@@ -6,6 +6,7 @@ It changes no program; what it gives is to be read, and the lines that it shows 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from raysearch.errors import UserError
 from raysearch.knobs import source_lines, syntax_tree
 
 WHOLE = ("train",)  # functions of the module that are shown in full
+_NOTE = re.compile(r"# \[\d+ lines are left out here\]")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ def shorter(files: Mapping[str, str]) -> Iterator[dict[str, str]]:
 def note(lines: int) -> str:
     """The comment that stands for lines which are not shown."""
     return f"# [{lines} lines are left out here]"
+
+
+def notes(text: str) -> list[str]:
+    """The comments in a text that stand for lines which were not shown."""
+    return _NOTE.findall(text)
 
 
 def _bodies(path: str, source: str) -> Iterator[_Body]:

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from raysearch import __version__, folder, objective, profile, programs
-from raysearch.config import StudyConfig
+from raysearch.config import StudyConfig, load_config, write_config
 from raysearch.directions import GENERAL, Directions, refusal
 from raysearch.errors import UserError
 from raysearch.folder import Folder
@@ -201,7 +201,8 @@ def search(options: Mapping[str, Any]) -> int:
 
     _check_limits(options)
     place = folder.named_folder(options["name"], options["studies"])
-    config, is_new = folder.configure(place, _chosen(options))
+    chosen = _chosen(options)
+    config, is_new = folder.configure(place, chosen)
     program = programs.given(options["program"]) if options["program"] else programs.general() if is_new else None
     folder.check_space(place)
     task = config.to_objective()
@@ -213,6 +214,7 @@ def search(options: Mapping[str, Any]) -> int:
     purse = Purse(options["max_usd"])
     protected = files or Ratchet.open(place.repo).files("main", task.protected)
     proposers = minds.make(config, minds.Place(place.scratch, minds.readable(task, protected), purse, _note))
+    _say_who_is_asked(config, config if is_new else load_config(place.config), chosen)
     if task.has_presets and options["address"] is None:
         config = _prepare_here(config, files)
     if files is not None:
@@ -222,6 +224,14 @@ def search(options: Mapping[str, Any]) -> int:
 
 def _note(line: str) -> None:
     click.echo(line, err=True)
+
+
+def _say_who_is_asked(config: StudyConfig, before: StudyConfig, chosen: Mapping[str, Any]) -> None:
+    if config.proposers != before.proposers:
+        _note(f"asked from now on: {', '.join(config.proposers)}; --proposers names others")
+    idle = [name for name in config.minds if name not in config.proposers]
+    if idle and ("models" in chosen or "agents" in chosen):
+        _note(f"{' and '.join(idle)} will not be asked: --proposers is {','.join(config.proposers)}; add it there")
 
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +247,7 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
         "search": {
             "searcher": options["searcher"],
             "seed": options["seed"],
-            "proposers": options["proposers"].split(",") if options["proposers"] is not None else None,
+            "proposers": _names(options["proposers"]),
             "parallel": options["parallel"],
         },
         "judge": {"rule": options["judge"], "baseline_runs": options["baseline_runs"]},
@@ -253,6 +263,10 @@ def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
         if given:
             table[section] = {**table.get(section, {}), **given}
     return table
+
+
+def _names(option: str | None) -> list[str] | None:
+    return None if option is None else [name.strip() for name in option.split(",")]
 
 
 def _objective_table(path: Path) -> dict[str, Any]:
@@ -330,13 +344,13 @@ def _drive(
     journal = Journal(place.journal, writer=True)
     try:
         study = folder.replay(config, journal, max_trials=options["trials"])
-        purse.count(study.spent_usd)
         repo = Ratchet.open(place.repo)
         folder.check_ratchets(study, repo, place)
         if program is not None:
             programs.put(place.path / GENERAL, program)
         presets = objective.load_presets() if config.to_objective().has_presets else ()
         programs.Programs(place.path, presets).begin(study.directed)  # says now what the coordinator would say later
+        write_config(place.config, config)  # with what the options have changed, now that all of it is known to work
         return _coordinate(place, config, options, proposers, journal=journal, study=study, repo=repo, purse=purse)
     finally:
         journal.close()
@@ -371,6 +385,7 @@ def _coordinate(
         preset=config.preset if task.has_presets else "",
         dataset=config.dataset,
         datasets=config.datasets,
+        withheld=config.key_names,
     )
     slots = config.slots
     console = Console(study, name=config.name, metric=task.metric)

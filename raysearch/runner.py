@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 from raysearch import leftovers
 from raysearch.model import Measurement, Outcome
 from raysearch.nursery import Ahead, Nursery, join, start_supervisor
+from raysearch.secrecy import without_secrets
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 4000
@@ -60,6 +61,7 @@ class RunSpec:
         futile_above: As the command says it, for executors that run no command.
         waiting: Argument vector of a process that loads ahead what such a trial needs, and takes what the command
             says beyond it by an order; empty for none.
+        withheld: Names of variables that the trial does not see, beside those that look like secrets.
     """
 
     trial_id: str
@@ -77,6 +79,7 @@ class RunSpec:
     out: str = ""
     futile_above: float | None = None
     waiting: tuple[str, ...] = ()
+    withheld: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,9 @@ class Run:
         trial_env = trial_environment(env, spec, slot)
         command = [_filled(argument, places) for argument in spec.command]
         waiting = [_filled(argument, places) for argument in spec.waiting]
-        order = {
+        order = {  # without the environment, which no file holds
             "command": command,
             "arguments": _beyond(waiting, command),  # for a process in waiting
-            "env": trial_env,
             "attempt": spec.attempt,
             "startup_limit_s": spec.startup_limit_s,
             "total_limit_s": spec.total_limit_s,
@@ -180,10 +182,13 @@ class Run:
 
 
 def trial_environment(env: Mapping[str, str], spec: RunSpec, slot: str) -> dict[str, str]:
-    """The environment of a trial: inherited, with threads set on purpose and marks to find its processes by."""
+    """The environment of a trial: inherited but for secrets, since a model may have written what runs in it; with
+    threads set on purpose and marks to find its processes by.
+    """
     # The first doubles a trial's start-up, the others are what Ray's workers need and nobody else does.
     dropped = {"PYTHONDONTWRITEBYTECODE", "PYTHONBREAKPOINT", "SPT_NOENV"}
-    kept = {name: value for name, value in env.items() if name not in dropped and not name.startswith("RAY_")}
+    seen = without_secrets(env, spec.withheld)
+    kept = {name: value for name, value in seen.items() if name not in dropped and not name.startswith("RAY_")}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         kept.pop(name, None)  # Ray sets 1 for its actors
         if spec.threads:

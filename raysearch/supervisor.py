@@ -141,7 +141,7 @@ def _start(
     return _spawn(
         order["command"],
         cwd=f"{out}/work",
-        env={**order.get("env", os.environ), **own},  # without one it is this process's own, which no file holds
+        env={**os.environ, **own},  # this process's own, which no file holds
         niceness=order["niceness"],
         stdin=subprocess.DEVNULL,
         stdout=log,

@@ -89,6 +89,12 @@ class Yield:
         return self.gain / self.cost_usd if self.cost_usd > 0 else None
 
     @property
+    def usable(self) -> float | None:
+        """Share of the answers that became candidates; None before there were answers."""
+        answers = self.proposals + self.dropped
+        return (self.proposals - self.refused) / answers if answers else None
+
+    @property
     def mean_proposal_s(self) -> float | None:
         """Seconds that an answer took."""
         answers = self.proposals + self.dropped

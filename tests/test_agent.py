@@ -230,6 +230,20 @@ def test_no_file_holds_the_keys_of_the_environment(lab: Lab):
     assert lab.refused(code, env=("MY_KEY",)) == "it changed nothing: it said \"b''\""
 
 
+def test_what_an_agent_says_of_its_key_is_taken_out_and_what_it_writes_of_it_is_refused(lab: Lab):
+    lab.environ["MY_KEY"] = "a-secret-key"
+    said = "import os\nprint('the key is ' + os.environ['MY_KEY'])\n"
+    assert lab.refused(said, env=("MY_KEY",)) == "it changed nothing: it said 'the key is …'"
+    written = EDIT + "open('train.py', 'a').write('# ' + os.environ['MY_KEY'])"
+    assert lab.refused("import os\n" + written, env=("MY_KEY",)).startswith("it wrote a key of its environment")
+    beside = "os.mkdir('lib/x'); open('lib/x/notes', 'w').write(os.environ['MY_KEY']); open('plain', 'w')"
+    assert lab.refused(f"import os\n{beside}", env=("MY_KEY",)).startswith("it touched")
+    assert lab.kept() == ["0001", "0002", "0003"]
+    files = [path for path in lab.base.rglob("*") if path.is_file()]
+    assert {"run.log", "reason.txt", "plain"} <= {path.name for path in files}
+    assert [path for path in files if b"a-secret-key" in path.read_bytes()] == []
+
+
 # ---- what is refused, by name ----
 
 REPLACE = "import os, shutil\nos.remove('train.py')\n"
@@ -395,6 +409,7 @@ def test_close_ends_what_is_at_work_and_nothing_is_started_afterwards(lab: Lab):
     for thread in threads:
         thread.start()
     eventually(lambda: pids.exists() and pids.read_text() and len(lab.at_work()) == 2)
+    eventually(lambda: all((root / "supervisor.log").exists() for root in lab.at_work()))  # both were started
     proposer.close()
     for thread in threads:
         thread.join()

@@ -77,7 +77,7 @@ class Bench:
 
     def __init__(self, api: Api, *acts: Act, **options: Any) -> None:
         self.server = Server(*acts)
-        names = ("temperature", "timeout_s", "structured", "max_output_tokens", "context_tokens", "price")
+        names = ("temperature", "timeout_s", "structured", "lines_only", "max_output_tokens", "context_tokens", "price")
         settings: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
         path = "/v1" if api is Api.OPENAI else ""
         settings = {"price": PRICE} | settings
@@ -176,6 +176,17 @@ def test_what_anthropic_is_asked_has_the_system_apart_and_the_schema(bench_of: B
     assert seen.body["output_config"] == {"format": {"type": "json_schema", "schema": SCHEMA}}
     assert "temperature" not in seen.body
     assert KEY in " ".join(seen.headers.values())
+
+
+def test_a_model_may_be_held_to_lines_that_are_there(bench_of: BenchOf):
+    bench = bench_of(says(GOOD), lines_only=True)
+    bench.idea()
+    schema = bench.server.seen[0].body["response_format"]["json_schema"]["schema"]
+    (place,) = schema["properties"]["edits"]["items"]["anyOf"]
+    assert place["properties"]["path"]["enum"] == ["train.py"]
+    assert set(place["properties"]["search"]["enum"]) <= set(PROGRAM.splitlines())
+    with pytest.raises(UserError, match="lines_only needs a form that is enforced; leave structured = 'text' out"):
+        ChatModel("m", lines_only=True, structured=Structured.TEXT)
 
 
 def test_other_servers_are_told_the_schema_as_they_know_it(bench_of: BenchOf):
@@ -635,10 +646,19 @@ def test_a_price_that_is_not_known_is_free_nearby_and_refused_under_a_cap():
         of("a/other", "https://openrouter.ai/api/v1")
     assert str(error.value) == (
         "the price of model 'a/other' is not known, so a spend cap cannot hold; "
-        'add ["a/other"] with input and output in USD per million tokens to the price file'
+        'add ["a/other"] with input and output in USD per million tokens to a file for --prices'
     )
     assert of("other", capped=False) == FREE
     assert notes[0].startswith("the price of model 'other' is not known, its cost counts as 0; add [other]")
+
+
+def test_a_model_without_a_price_is_not_asked_any_more_when_a_cap_comes():
+    purse = Purse(None)
+    proposer = made(models=[ChatModel("unheard-of")], purse=purse)
+    purse.limit_usd = 5.0
+    with pytest.raises(SpentUp, match="the price of model 'unheard-of' is not known, so a spend cap cannot hold; add"):
+        proposer.ask(REQUEST)
+    proposer.close()
 
 
 def test_what_is_local():

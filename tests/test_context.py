@@ -20,7 +20,7 @@ from told import ready
 
 from raysearch import outline
 from raysearch.brief import brief
-from raysearch.directions import Directions
+from raysearch.directions import Directions, parse
 from raysearch.errors import UserError
 from raysearch.knobs import constant_lines
 from raysearch.model import Direction, Dropped, Outcome
@@ -339,6 +339,14 @@ def test_what_changes_least_comes_first(study: Study):
     assert sorted(order, key=earlier.index) == order
 
 
+def test_a_shortened_program_keeps_its_form_while_facts_grow():
+    studies = [realistic(until_s=until_s).study for until_s in range(100, 1500, 100)]
+    texts = [context(request_of(study, source=TRAIN), 17_000) for study in studies]
+    forms = [text[text.index("## Program") : text.index("## Now")] for text in texts]
+    assert "lines are left out here" in forms[0]  # it does not fit as a whole
+    assert 1 <= sum(earlier != later for earlier, later in pairwise(forms)) <= 3
+
+
 def test_knobs_that_count_are_named_and_others_are_not():
     runs = Runs()
     for run in runs_of(80):
@@ -451,6 +459,27 @@ def test_directions_with_an_open_fence_hide_nothing_that_follows(study: Study):
     assert [body for info, body in inside if info == "program.md"] == [prose.rstrip()]
     assert "## Hardware" in outside
     assert "## Now" in outside
+
+
+def test_what_the_directions_enforce_is_told_by_name(study: Study):
+    block = "frozen = ['WIDTH', 'LR']\nforbidden = ['draft', 'ablate']\nranges.DROPOUT = [0.1, 0.5]\n"
+    text = f"```raysearch\n{block}ranges.KIND = {{choices = ['a', 'b']}}\n```\n"
+    outside, inside = blocks(context(replace(request_of(study), directions=parse(text, where="program.md")), PLENTY))
+    assert (
+        """\
+## Directions
+
+What breaks one of these is refused:
+- `LR` may not change.
+- `WIDTH` may not change.
+- `DROPOUT` only in [0.1, 0.5].
+- `KIND` only in {'a', 'b'}.
+- Operators that may not be proposed: ablate, draft.
+
+## Hardware"""
+        in outside
+    )
+    assert "program.md" not in [info for info, _ in inside]  # no prose, no block
 
 
 @given(text=nasty)

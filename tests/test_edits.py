@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raysearch.model import Operator
+from raysearch.outline import note
 from raysearch.proposers import edits
-from raysearch.proposers.edits import SCHEMA, Answer, AnswerError, Edit, apply, parse
+from raysearch.proposers.edits import SCHEMA, Answer, AnswerError, Edit, apply, parse, schema_of_lines
 
 PROGRAM = "LR = 0.02\nDEPTH = 6\n\n\ndef train(run):\n    return LR * DEPTH\n"
 FILES = {"train.py": PROGRAM}
@@ -225,6 +226,33 @@ def test_edits_with_other_line_ends_than_the_file_are_refused():
     assert "those of REPLACE do not" in refusal(answer(("DEPTH = 6", "A = 1\nDEPTH = 6")), dos)
     assert "end in \\n alone, those of REPLACE" in refusal(answer(("DEPTH = 6", "A = 1\r\nDEPTH = 6")))
     assert apply(answer(("LR = 0.02\r\n", "")), dos)["train.py"].startswith("DEPTH = 6\r\n")
+
+
+def test_by_the_narrower_schema_any_line_that_is_shown_and_stands_once_can_be_replaced():
+    text = "A = 1\nB = 2\n\nC = 3\n    pass\nD = 4\n    pass\nA = 11\nhidden()\n"
+    files = {"other.txt": "E = 5\n", "train.py": text}
+    items = schema_of_lines(files, "what is known\n" + text.replace("hidden()\n", "") + "E = 5\n")["properties"][
+        "edits"
+    ]
+    other, train = (place["properties"] for place in items["items"]["anyOf"])
+    assert (other["path"]["enum"], other["search"]["enum"]) == (["other.txt"], ["E = 5"])
+    assert train["path"]["enum"] == ["train.py"]
+    assert train["search"]["enum"] == ["B = 2", "C = 3", "D = 4", "A = 11"]  # "A = 1" begins another line too
+    for line in train["search"]["enum"]:
+        changed = apply(answer((line, "Z = 0"), path="train.py"), files)
+        assert changed == {"train.py": text.replace(line, "Z = 0")}
+
+
+def test_where_no_line_can_be_named_the_schema_is_the_wide_one():
+    assert schema_of_lines({"train.py": PROGRAM}, "nothing of it") == SCHEMA
+    dos = {"train.py": PROGRAM.replace("\n", "\r\n")}
+    lines = schema_of_lines(dos, PROGRAM)["properties"]["edits"]["items"]["anyOf"][0]["properties"]["search"]["enum"]
+    assert "DEPTH = 6" in lines
+
+
+def test_lines_that_were_not_shown_are_not_lost_by_a_whole_file():
+    said = refusal(answer(file=PROGRAM.replace("    return LR", f"    {note(12)}\n    return LR")))
+    assert said.startswith("train.py would hold '# [12 lines are left out here]', which stands for lines that were not")
 
 
 TEXTS = st.text(alphabet="ab\n\r é", max_size=12)

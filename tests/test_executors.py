@@ -126,15 +126,22 @@ def cwd(process: psutil.Process) -> str:
         return ""
 
 
+SECRETS = {"OPENAI_API_KEY": "sk-hidden", "MY_MODEL": "it-is-hidden"}
+
+
 @pytest.fixture(scope="module")
 def ray_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("study")
     (folder / ".token").write_text("study")
-    plan = SlotPlan("study", "session", str(folder), ".token", preset="", dataset="", datasets={})
-    executor = RayExecutor(plan, address=None, device="cpu", cpu_slots=2)
-    bench = Bench(executor, folder)
-    yield bench
-    executor.close()
+    plan = SlotPlan("study", "session", str(folder), ".token", "", "", {}, withheld=("MY_MODEL",))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        executor = RayExecutor(plan, address=None, device="cpu", cpu_slots=2)
+        bench = Bench(executor, folder)
+        yield bench
+        assert {name: os.environ[name] for name in SECRETS} == SECRETS  # our own are as they were
+        executor.close()
     assert bench.processes() == []
 
 
@@ -323,6 +330,18 @@ def test_the_environment_of_a_trial_is_ours_and_not_that_of_a_ray_worker(ray_slo
     added = {name for name, value in env.items() if os.environ.get(name) != value} - {"PYTEST_CURRENT_TEST"}
     assert added <= ours | pythons
     assert "PYTHONDONTWRITEBYTECODE" not in env
+
+
+def test_no_process_of_our_own_ray_has_a_secret(ray_slots: Bench):
+    ray_slots.executor.start(next(iter(ray_slots.slots)), ray_slots.spec("secretive", "hang"))
+    ray_slots.until(lambda: len(ray_slots.tree("secretive")) == 2)
+    processes = ray_slots.processes()
+    assert len(processes) > 5  # Ray's own, slots, supervisor and trial
+    assert [process.pid for process in processes if SECRETS.keys() & process.environ().keys()] == []
+    ray_slots.executor.cancel("secretive")
+    ray_slots.ended("secretive")
+    files = [path for path in ray_slots.folder.rglob("*") if path.is_file()]
+    assert [path for path in files if b"hidden" in path.read_bytes()] == []
 
 
 def test_a_slot_that_does_not_see_the_folder_sends_the_files(ray_slots: Bench):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PURE = {
-    *("errors", "model", "wording", "knobs", "patches"),
+    *("errors", "model", "wording", "knobs", "patches", "secrecy"),
     *("judge", "futility", "health", "bandit", "duplicates", "study", "schedule", "plan", "tally"),
     *("brief", "directions", "yields", "economics", "outline", "pace"),
 }

@@ -41,6 +41,7 @@ class Bench:
         self.folder, self.data = folder, data
         self.session = f"nursery-{folder.name}-{os.getpid()}"
         self.env = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+        self.env["HF_TOKEN"] = "hidden"
         self.nursery = Nursery()
 
     def spec(self, trial: str, source: str = "", options: tuple[str, ...] = OPTIONS, **changes: Any) -> RunSpec:
@@ -168,6 +169,8 @@ def test_a_process_in_waiting_waits_with_the_marks_and_threads_of_a_trial_and_ca
     marks = {STUDY_MARK: STUDY, SESSION_MARK: bench.session, SLOT_MARK: SLOT}
     assert {name: env.get(name) for name in marks} == marks
     assert env["OMP_NUM_THREADS"] == "2"
+    assert "HF_TOKEN" not in env
+    assert "HF_TOKEN" not in bench.supervisor().environ()
     waiting = {process.pid for process in bench.processes()}
     assert set(sweep(STUDY, session=bench.session, slot=SLOT)) == waiting
     assert bench.run(bench.spec("after", threads=2)).outcome is Outcome.MEASURED

@@ -3,10 +3,16 @@
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
+from raysearch.config import parse_config
+from raysearch.directions import parse
+from raysearch.minds import Place, make
+from raysearch.proposers.agent_commands import parse_agent
+from raysearch.proposers.prices import Purse
 from raysearch.run import cli
 
 ROOT = Path(__file__).parent.parent
@@ -72,13 +78,32 @@ def test_files_of_the_table_exist(path: str):
         assert (ROOT / name).exists() or (ROOT / folder / name).exists(), name
 
 
-def test_objective_of_the_readme_is_a_valid_one():
-    from raysearch.config import parse_config
+def toml_of_the_readme(name: str) -> dict[str, Any]:
+    (text,) = re.findall(rf"^```toml\n# {re.escape(name)}.*?\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    return tomllib.loads(text)
 
-    (text,) = re.findall(r"^```toml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    table = tomllib.loads(text)
+
+def test_objective_of_the_readme_is_a_valid_one():
+    table = toml_of_the_readme("objective.toml")
     table["objective"]["kind"] = "command"
     parse_config({"name": "x", **table}, where="README")
+
+
+def test_models_and_agents_of_the_readme_are_valid_ones(tmp_path: Path):
+    config = parse_config({"name": "x", **toml_of_the_readme("minds.toml")}, where="README")
+    place = Place(tmp_path, {}, Purse(None), note=pytest.fail)
+    made = {proposer.name for proposer in make(config.model_copy(update={"agents": {}}), place)}
+    assert made >= {"chat", "tune"}
+    agent = parse_agent("mine", config.agents["mine"])
+    assert "MINE_API_KEY" in agent.env
+
+
+def test_directions_of_the_readme_are_valid_ones():
+    (text,) = re.findall(r"^````\n(.*?)^````", README.read_text(), re.MULTILINE | re.DOTALL)
+    directions = parse(text, where="README")
+    assert directions.frozen == {"SEQ_LEN"}
+    assert directions.ranges["DEPTH"].allows(4)
+    assert directions.budget.usd == 20.0
 
 
 if __name__ == "__main__":

@@ -228,6 +228,35 @@ def test_a_trial_gets_an_environment_made_on_purpose(tmp_path: Path):
     assert signals == "0 SIG_DFL"
 
 
+def test_neither_a_trial_nor_a_file_that_it_leaves_has_a_secret(tmp_path: Path):
+    secrets = {"OPENAI_API_KEY": "sk-hidden-1", "HF_TOKEN": "hf-hidden-2", "INDEX": "https://me:hidden-3@host/simple"}
+    needed = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "HF_HOME": "/hf",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PLAIN": "p",
+    }
+    program = """
+import json, os, pathlib
+parent = pathlib.Path(f"/proc/{os.getppid()}/environ").read_bytes().decode()
+print(json.dumps([dict(os.environ), parent]))
+print("score: 1")
+"""
+    asked = spec(program, withheld=("MY_MODEL",))
+    env = needed | secrets | {"MY_MODEL": "hidden-4"}
+    result = Run(asked, out=tmp_path / "out", data="", env=env, slot="here:cpu0").wait()
+    assert result.outcome is Outcome.MEASURED
+    seen, parent = json.loads((tmp_path / "out/run.log").read_text().splitlines()[0])
+    assert needed.items() <= seen.items()
+    assert not {*secrets, "MY_MODEL"} & seen.keys()
+    assert "PLAIN=p" in parent  # its supervisor has the same environment
+    assert "hidden" not in parent
+    left_behind = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert tmp_path / "out/order.json" in left_behind
+    assert [path for path, content in left_behind.items() if b"hidden" in content] == []
+
+
 HALF = """
 import json, sys
 json.dump({{'score': 1.0, 'outcome': {outcome!r}, 'reason': '1.2 above 1.1', 'halfway_bpb': {half}}},

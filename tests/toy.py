@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raysearch import folder as folders
+from raysearch import minds
 from raysearch.asker import Asker
 from raysearch.config import StudyConfig, parse_config
 from raysearch.console import Console
@@ -162,7 +163,11 @@ class ToyExecutor:
 
 @dataclass
 class Toy:
-    """A study in a folder, which can be driven again and again."""
+    """A study in a folder, which can be driven again and again.
+
+    Its proposers are the one that is given, or those of its options where these have a model or an agent, or the one
+    that moves knobs.
+    """
 
     path: Path
     clock: Clock = field(default_factory=Clock)
@@ -173,11 +178,13 @@ class Toy:
     protected: dict[str, str] = field(default_factory=dict[str, str])
     proposer: Proposer | None = None
     others: tuple[Proposer, ...] = ()  # asked after that one
-    purse: Purse | None = None
+    own_purse: Purse | None = None  # that these were made with
     preset: str = ""
+    max_usd: float | None = None
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
     askers: list[Asker] = field(init=False)
+    purse: Purse = field(init=False)
     coordinator: Coordinator = field(init=False)
     said: io.StringIO = field(default_factory=io.StringIO)  # by the console
 
@@ -202,9 +209,11 @@ class Toy:
             folders.make(self.folder, config, {"train.py": self.program, **self.protected}, at=self.clock())
         journal = journal_type(self.folder.journal, writer=True)
         try:
-            proposers = (self.proposer or TuneProposer(seed=1), *self.others)
             self.study = folders.replay(config, journal, max_trials=trials)
-            self.study.settings = replace(self.study.settings, proposers=tuple(one.name for one in proposers))
+            self.purse = self.own_purse or Purse(self.max_usd)
+            proposers = self._proposers(config)
+            names = tuple(proposer.name for proposer in proposers)
+            self.study.settings = replace(self.study.settings, proposers=names)
             repo = Ratchet.open(self.folder.repo)
             folders.check_ratchets(self.study, repo, self.folder)
             self.executor = ToyExecutor(self.clock, self.hardware, self.behaviour, self.preset)
@@ -233,6 +242,11 @@ class Toy:
             return self.coordinator.run()
         finally:
             journal.close()
+
+    def _proposers(self, config: StudyConfig) -> list[Proposer]:
+        if self.proposer or not config.minds:
+            return [self.proposer or TuneProposer(seed=1), *self.others]
+        return minds.make(config, minds.Place(self.folder.scratch, self.protected, self.purse, lambda _: None))
 
     def replayed(self) -> Study:
         """The study as its journal alone has it."""

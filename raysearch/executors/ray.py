@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ from raysearch.model import Outcome
 from raysearch.nursery import Nursery
 from raysearch.profile import Hardware
 from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
+from raysearch.secrecy import without_secrets
 
 OBJECT_STORE_BYTES = 100 * 2**20  # results are small, and the machine may be
 NODES_EVERY_S = 5.0
@@ -92,6 +93,7 @@ class SlotPlan:
         preset: Name of the preset, or `auto` by hardware, or empty for objectives without presets.
         dataset: Named dataset, or empty for the preset's own choice.
         datasets: Datasets that were settled earlier, by preset.
+        withheld: Names of variables that no process of a Ray that is started here sees, beside what looks like secrets.
     """
 
     study: str
@@ -101,6 +103,7 @@ class SlotPlan:
     preset: str
     dataset: str
     datasets: dict[str, str]
+    withheld: tuple[str, ...] = ()
 
 
 class _Slot:
@@ -262,14 +265,14 @@ class _LocalRay:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        settings = {
+        settings: dict[str, str | None] = {
             STUDY_MARK: plan.study,  # every process of this Ray inherits these two
             SESSION_MARK: plan.session,
             "SPT_NOENV": "1",  # and keeps them: the titles of Ray's processes are not written over the environment
             "RAY_memory_monitor_refresh_ms": "0",  # it would end the slot, where the kernel ends the trial
         }
         try:
-            with _environment(settings | _token()):
+            with _environment(_secrets(plan.withheld) | settings | _token()):
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS says
                     num_cpus=cpus,
@@ -570,7 +573,13 @@ def _started_here() -> str | None:
     return None
 
 
-def _token() -> dict[str, str]:
+def _secrets(named: Collection[str]) -> dict[str, str | None]:
+    """Takes the secrets out of the environment but for Ray's own: a trial can read that of a process of its user's."""
+    seen = without_secrets(os.environ, named)
+    return {name: None for name in os.environ if name not in seen and not name.startswith("RAY_")}
+
+
+def _token() -> dict[str, str | None]:
     own = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     return {} if own else {"RAY_AUTH_TOKEN": _TOKEN}
 
@@ -592,17 +601,22 @@ def _usable_cores() -> int:
 
 
 @contextlib.contextmanager
-def _environment(changes: Mapping[str, str]) -> Generator[None]:
+def _environment(changes: Mapping[str, str | None]) -> Generator[None]:
+    """Sets variables for a while; those that are None are not there."""
     before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+    _set(changes)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _said(error: BaseException) -> str:

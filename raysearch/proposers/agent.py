@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,8 @@ from raysearch.proposers import Idea, NoIdea, Proposer, Request, SpentUp, Told
 from raysearch.proposers.agent_commands import CodingAgent, arguments, environment, program
 from raysearch.proposers.agent_output import Said, read_claim, read_output
 from raysearch.proposers.agent_run import AgentRun, Ended, sweep
-from raysearch.proposers.scratch import Rejected, Scratch, disarm, read_regular, remove
+from raysearch.proposers.scratch import Rejected, Scratch, disarm, forget, remove
+from raysearch.secrecy import SECRET_CHARS, is_secret
 from raysearch.wording import clean, last_line
 
 MARGIN_S = 60.0  # beside the time limit: the scratch folder, the end of the agent's processes, the check
@@ -117,6 +118,7 @@ class AgentProposer(Proposer):
         self._agent, self._around, self._context_tokens = agent, around, context_tokens
         self._program = program(agent, around.environ)
         self._env = environment(agent, around.environ)
+        self._secrets = _secrets(self._env)
         folder = around.base.absolute() / agent.name
         self._at_work, self._kept = folder / "at-work", folder / "kept"
         sweep(self._at_work)  # of a coordinator that was killed together with its supervisors
@@ -176,7 +178,7 @@ class AgentProposer(Proposer):
                 remove(root)
                 return None
             cost = self._agent.max_usd
-            ended = run.wait()
+            ended = self._clean(run.wait())
             with self._lock:
                 self._runs.discard(run)
             said = read_output(self._agent.output, ended.log, last_message=ended.last_message)
@@ -234,7 +236,7 @@ class AgentProposer(Proposer):
             edits = self._checked(request, known, run, claim.operator)
         except Rejected as error:
             reason = clean(str(error))
-            self._keep(run.root, reason)
+            self._keep(run, reason)
             return NoIdea(reason, self.name, model, run.cost_usd, tokens_in, tokens_out)
         remove(run.root)
         return Idea(
@@ -270,21 +272,32 @@ class AgentProposer(Proposer):
             raise Rejected(str(error)) from None
         except OSError as error:
             raise Rejected(f"its folder cannot be read: {error}") from None
+        if any(secret in text for secret in self._secrets for text in edits.values()):
+            raise Rejected("it wrote a key of its environment into the program")
         print_ = fingerprint(files)
         if print_ in known:
             raise Rejected("its program was run before, or is about to be, but for comments and layout")
         known.add(print_)
         return edits
 
-    def _keep(self, root: Path, reason: str) -> None:
+    def _clean(self, ended: Ended) -> Ended:
+        """What an agent said, without the values of its secrets: its words are kept and journalled."""
+        log, last = ended.log, ended.last_message
+        for secret in self._secrets:
+            log, last = log.replace(secret, "…"), last.replace(secret, "…")
+        return replace(ended, log=log, last_message=last)
+
+    def _keep(self, run: _Finished, reason: str) -> None:
         """Puts a folder aside for the user to look at, and removes the oldest of those."""
+        root = run.root
         if root.is_symlink():  # nothing is written where it points to
             return remove(root)
-        log = read_regular(root / "run.log", KEPT_LOG_BYTES, end=True) or b""
+        log = run.ended.log.encode("utf-8", "replace")[-KEPT_LOG_BYTES:]
         try:
             for name in ("order.json", "run.log", "reason.txt"):  # the log may be long; none need be a file of ours
                 remove(root / name)
             disarm(root)
+            forget(root, self._secrets)
             (root / "run.log").write_bytes(log)
             (root / "reason.txt").write_text(f"{reason}\n", encoding="utf-8")
             with self._lock:
@@ -305,6 +318,12 @@ class _Finished:
     ended: Ended
     said: Said
     cost_usd: float
+
+
+def _secrets(env: Mapping[str, str]) -> list[str]:
+    """The values of secrets, long ones first; a shorter word is none, and may stand in any text."""
+    found = {value for name, value in env.items() if is_secret(name, value) and len(value) >= SECRET_CHARS}
+    return sorted(found, key=len, reverse=True)
 
 
 def _excuse(ended: Ended, said: Said) -> str:

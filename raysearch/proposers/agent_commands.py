@@ -19,6 +19,7 @@ import msgspec
 
 from raysearch.errors import UserError
 from raysearch.proposers.tables import check_keys, convert, field_names
+from raysearch.secrecy import SECRET_CHARS, is_secret
 
 # What every agent gets of the environment: where things are, what language, and the way to the network. No key.
 PASSED = (
@@ -79,6 +80,12 @@ class CodingAgent:
             raise UserError(f"agent {self.name!r}: timeout_s = {self.timeout_s} must be above 0; give seconds")
         if not 0 <= self.max_usd < float("inf"):
             raise UserError(f"agent {self.name!r}: max_usd = {self.max_usd} must be 0 or more; give dollars a run")
+        said = [entry.partition("=")[0] for entry in self.env if _holds_secret(entry)]
+        if said:
+            raise UserError(
+                f"agent {self.name!r}: env sets {said[0]}, a secret that the study's files would hold; export it, and "
+                "give its name alone"
+            )
         unknown = {place for part in _flat(self.command) for place in _PLACE.findall(part)} - {*PLACES}
         if unknown:
             known = ", ".join(f"{{{place}}}" for place in PLACES)
@@ -173,6 +180,11 @@ def environment(agent: CodingAgent, environ: Mapping[str, str]) -> dict[str, str
     """What an agent gets of the environment: keys of other agents, and whatever else is there, stay out of it."""
     passed = {name: environ[name] for name in (*PASSED, *agent.env) if name in environ}
     return HIDDEN | passed | dict(entry.split("=", 1) for entry in agent.env if "=" in entry)
+
+
+def _holds_secret(entry: str) -> bool:
+    name, _, value = entry.partition("=")
+    return len(value) >= SECRET_CHARS and is_secret(name, value)
 
 
 def _flat(command: Sequence[str | Sequence[str]]) -> list[str]:

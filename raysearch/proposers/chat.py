@@ -12,6 +12,7 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from raysearch.errors import UserError
 from raysearch.knobs import fingerprint
@@ -75,8 +76,6 @@ RETRY = """\
 That answer cannot be used: {error}
 
 Answer again with one complete JSON object that does not have this fault."""
-
-_SCHEMA = json.dumps(edits.SCHEMA)
 
 
 class Closed(Exception):
@@ -146,12 +145,12 @@ class ChatProposer(Proposer):
             raise UserError("proposer 'chat' has no model; name one, with its API or base_url")
         self._keys: dict[ChatModel, str] = {}
         self._prices: dict[ChatModel, Price] = {}
-        capped = purse.limit_usd is not None
+        self._unpriced: dict[ChatModel, str] = {}
         for model in models:
             check_sdk(model.api)
             self._keys[model] = model.key(environ)
-            self._prices[model] = model.price or price_of(
-                model.name, base_url=model.base_url, prices=prices, capped=capped, note=note
+            self._prices[model] = model.price or self._price(
+                model, prices, capped=purse.limit_usd is not None, note=note
             )
         self.parallel = parallel
         self.limit_s = limit_s
@@ -163,6 +162,19 @@ class ChatProposer(Proposer):
         self._chance = random.Random(seed)
         self._asks: dict[asyncio.Task[object], asyncio.AbstractEventLoop] = {}
         self._closed = False
+
+    def _price(
+        self, model: ChatModel, prices: Mapping[str, Price], *, capped: bool, note: Callable[[str], None]
+    ) -> Price:
+        """What a model costs; one whose price is not known may not be asked as soon as there is a cap."""
+        find = partial(price_of, model.name, base_url=model.base_url, prices=prices, note=note)
+        try:
+            return find(capped=True)
+        except UserError as error:
+            if capped:
+                raise
+            self._unpriced[model] = str(error)
+            return find(capped=False)
 
     def ask(self, request: Request) -> Sequence[Idea | NoIdea]:
         """As many answers as are asked for, one after the other; see `Proposer.ask`.
@@ -229,6 +241,8 @@ class ChatProposer(Proposer):
 
     async def _answer(self, request: Request, known: set[str], *, bill: _Bill, ends_at: float) -> Idea | NoIdea:
         """One idea: an answer, or the second one when something was wrong with the first."""
+        if bill.model in self._unpriced and self._purse.limit_usd is not None:  # the directions may bring a cap
+            raise SpentUp(self._unpriced[bill.model])
         turns = [Turn("user", self._context(request, bill.model.prompt_tokens))]
         reason = ""
         for _ in range(2):
@@ -292,7 +306,7 @@ class ChatProposer(Proposer):
         is_halved = False
         while True:
             try:
-                return await self._call(turns, bill)
+                return await self._call(request, turns, bill)
             except EndpointError as error:
                 bill.trouble = str(error)
                 if error.fault is Fault.OVERFLOW and not is_halved:
@@ -311,19 +325,21 @@ class ChatProposer(Proposer):
         own = jitter * min(PAUSE_S[1], PAUSE_S[0] * 2 ** min(tries, 10))
         return own if after_s is None else max(own, min(after_s, RETRY_AFTER_S))
 
-    async def _call(self, turns: Sequence[Turn], bill: _Bill) -> Reply:
+    async def _call(self, request: Request, turns: Sequence[Turn], bill: _Bill) -> Reply:
         """One call within its time, paid for.
 
         What broke off counts with all that was set aside for it: nobody says how much of it was written.
         """
         model, price = bill.model, self._prices[bill.model]
-        worst = price.worst_usd(tokens_in=most_tokens(SYSTEM, turns, _SCHEMA), tokens_out=model.max_output_tokens)
+        schema = edits.schema_of_lines(request.files, turns[0].text) if model.lines_only else edits.SCHEMA
+        most = most_tokens(SYSTEM, turns, json.dumps(schema))
+        worst = price.worst_usd(tokens_in=most, tokens_out=model.max_output_tokens)
         estimate = Usage(estimated_tokens(SYSTEM + "".join(turn.text for turn in turns)), 0)
         await self._reserve(worst)
         cost, usage = worst, estimate
         try:
             async with asyncio.timeout(model.timeout_s):
-                reply = await complete(model, key=self._keys[model], system=SYSTEM, turns=turns, schema=edits.SCHEMA)
+                reply = await complete(model, key=self._keys[model], system=SYSTEM, turns=turns, schema=schema)
             usage = reply.usage or Usage(estimate.tokens_in, estimated_tokens(reply.text))
             cost = price.cost_usd(
                 tokens_in=usage.tokens_in, tokens_out=usage.tokens_out, cached=usage.cached, written=usage.written

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from raysearch import outline
 from raysearch.brief import Brief, Failure, Fate, Flight, Stage, Step, Travel, Try, Use
 from raysearch.directions import Directions
 from raysearch.errors import UserError
-from raysearch.model import Direction, Operator, Profile
+from raysearch.model import Direction, Profile
 from raysearch.proposers import Request, Told
 from raysearch.proposers.importance import Runs
 from raysearch.wording import better_is, clean, number, places, plural, printable, signed, spelled
@@ -25,6 +25,7 @@ from raysearch.yields import Author, Yield
 # that do worse. Digits, of which some make a token each, and bytes of other scripts count one: logs are full of them.
 BYTES_A_TOKEN = 2.5
 PROGRAM_SHARE = 0.75  # of what task, directions and hardware leave, for the program; more if the rest needs less
+ROOM_STEP = 1_000  # tokens; so that a program has the same form in ask after ask, while facts grow by a line each
 DIRECTIONS = "program.md"
 
 _RULES = f"""\
@@ -65,7 +66,8 @@ def context(request: Request, tokens: int, *, runs: Runs | None = None) -> str:
     shapes = list(_shapes())
     most, least = (_cost(_facts(request, importance, shape)) for shape in (shapes[0], shapes[-1]))
     left = tokens - _cost(stable)
-    program = _program(request, max(PROGRAM_SHARE * (left - least), left - most))
+    room = max(PROGRAM_SHARE * (left - least), left - most)
+    program = _program(request, room - room % ROOM_STEP)
     text = ""
     for shape in shapes:
         text = "\n\n".join((stable, program, _facts(request, importance, shape))) + "\n"
@@ -117,11 +119,10 @@ def _stable(request: Request) -> str:
 def _directions(directions: Directions) -> list[str]:
     """The human's prose, and what is enforced on every proposal, as far as the directions say any."""
     parts = [fenced(printable(directions.prose), DIRECTIONS)] if directions.prose.strip() else []
-    rules = [f"- `{clean(name, 80)}` may not change." for name in sorted(getattr(directions, "frozen", ()))]
-    ranges: Mapping[str, object] = getattr(directions, "ranges", {})
-    rules += [f"- `{clean(name, 80)}` only in {clean(str(allowed))}." for name, allowed in sorted(ranges.items())]
-    forbidden: Iterable[Operator] = getattr(directions, "forbidden", ())
-    words = ", ".join(sorted(operator.value for operator in forbidden))
+    rules = [f"- `{clean(name, 80)}` may not change." for name in sorted(directions.frozen)]
+    ranges = sorted(directions.ranges.items())
+    rules += [f"- `{clean(name, 80)}` only in {clean(str(allowed))}." for name, allowed in ranges]
+    words = ", ".join(sorted(operator.value for operator in directions.forbidden))
     rules += [f"- Operators that may not be proposed: {words}."] if words else []
     return [*parts, "\n".join(["What breaks one of these is refused:", *rules])] if rules else parts
 

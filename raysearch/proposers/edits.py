@@ -14,12 +14,14 @@ from typing import Any
 
 import msgspec
 
+from raysearch import outline
 from raysearch.model import Operator
 from raysearch.wording import clean, plural
 
 MAX_CHARS = 1_000_000  # of an answer, looked at before anything else
 MAX_HYPOTHESIS = 1_000
 MAX_EDITS = 100
+MAX_LINE_EDITS = 3  # by the narrower schema
 MAX_LINES = 10_000  # of a changed file: comparing longer ones takes minutes
 NEAREST_LINES, NEAREST_CHARS, NEAREST_TRIES = 10_000, 120, 8  # what is looked at to find the line that was meant
 SHOWN_CHARS = 80  # of a line or a path in a message
@@ -73,21 +75,57 @@ def _strict(**properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_HYPOTHESIS = {
+    "type": "string",
+    "description": "why this change should improve the metric, in one or two sentences",
+}
+_OPERATOR = {"type": "string", "enum": [operator.value for operator in OPERATORS]}
+_DELTA = {"type": ["number", "null"], "description": "expected change of the metric, with its sign"}
+_REPLACE = {"type": "string", "description": "text that takes its place"}
+
 SCHEMA: Mapping[str, Any] = _strict(
-    hypothesis={"type": "string", "description": "why this change should improve the metric, in one or two sentences"},
-    operator={"type": "string", "enum": [operator.value for operator in OPERATORS]},
-    predicted_delta={"type": ["number", "null"], "description": "expected change of the metric, with its sign"},
+    hypothesis=_HYPOTHESIS,
+    operator=_OPERATOR,
+    predicted_delta=_DELTA,
     edits={
         "type": "array",
         "items": _strict(
             path={"type": ["string", "null"], "description": "the file; null where only one is editable"},
             search={"type": "string", "description": "text that occurs exactly once in the file, copied exactly"},
-            replace={"type": "string", "description": "text that takes its place"},
+            replace=_REPLACE,
         ),
     },
     file={"type": ["string", "null"], "description": "instead of edits: the whole new text of the file; else null"},
 )
 """JSON schema of an answer, as the strict modes of servers want it: every key required, no other key."""
+
+
+def schema_of_lines(files: Mapping[str, str], shown: str) -> dict[str, Any]:
+    """A narrower schema, by which an edit can only name a line that is there once: small models copy badly.
+
+    Args:
+        files: All files that may be edited, text by path.
+        shown: What the model is told: a line that it does not see cannot be meant.
+    """
+    seen = frozenset(shown.splitlines())
+    places = [
+        _strict(path={"type": "string", "enum": [path]}, search={"type": "string", "enum": lines}, replace=_REPLACE)
+        for path, text in sorted(files.items())
+        if (lines := [line for line in dict.fromkeys(text.splitlines()) if line in seen and _stands_alone(line, text)])
+    ]
+    if not places:
+        return dict(SCHEMA)
+    return _strict(
+        hypothesis=_HYPOTHESIS,
+        operator=_OPERATOR,
+        predicted_delta=_DELTA,
+        edits={"type": "array", "items": {"anyOf": places}, "minItems": 1, "maxItems": MAX_LINE_EDITS},
+        file={"type": "null"},
+    )
+
+
+def _stands_alone(line: str, text: str) -> bool:
+    return bool(line.strip()) and text.count(line) == 1
 
 
 # ---- reading ----
@@ -239,6 +277,9 @@ def apply(answer: Answer, files: Mapping[str, str]) -> dict[str, str]:
         lines = text.count("\n")
         if lines > MAX_LINES:
             raise AnswerError(f"{path} would have {lines} lines; at most {MAX_LINES} are allowed")
+        notes = outline.notes(text)
+        if len(notes) > len(outline.notes(files[path])):
+            raise AnswerError(f"{path} would hold {notes[0]!r}, which stands for lines that were not shown; give edits")
     return changed
 
 

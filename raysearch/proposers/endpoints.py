@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from raysearch.errors import UserError
 from raysearch.proposers.prices import Price, is_local
+from raysearch.secrecy import SECRET_CHARS
 from raysearch.wording import clean
 
 MAX_BYTES = 16_000_000  # of a response on the wire: each word of an answer comes in an event of some hundred bytes
@@ -29,7 +31,6 @@ OVERHEAD_TOKENS = 1_500  # what every request holds beside what the proposer is 
 BYTES_PER_TOKEN = 3.5  # of English and programs, to estimate
 
 NO_KEY = "none"  # what a server gets that wants none
-SECRET_CHARS = 8  # a shorter word is no key, and may stand in any message
 
 _NAME = "propose"  # of the schema, and of the tool
 
@@ -76,6 +77,8 @@ class ChatModel:
         context_tokens: Of prompt and answer together.
         timeout_s: Seconds that a call may take to the end of its answer.
         structured: How the form of the answer is enforced.
+        lines_only: Whether the form lists the lines that an edit may replace, for small models, on servers that enforce
+            any schema (llama.cpp, vLLM); the others refuse one so long.
         price: In place of the price table's.
     """
 
@@ -89,6 +92,7 @@ class ChatModel:
     context_tokens: int = 64_000
     timeout_s: float = 300.0
     structured: Structured = Structured.JSON_SCHEMA
+    lines_only: bool = False
     price: Price | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +108,8 @@ class ChatModel:
         if url.scheme not in ("http", "https") or not url.hostname or url.username or url.password:
             shown = clean((self.base_url or "").rpartition("@")[2])
             raise UserError(f"{name}: base_url {shown!r} is no http(s) address without a password; give one")
+        if self.key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):  # it may be the key itself
+            raise UserError(f"{name}: key_env is no name of an environment variable; export the key, and give its name")
         if not 0 < self.weight < 1e9:
             raise UserError(f"{name}: weight {self.weight} must be above 0; leave the model out instead")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
@@ -119,6 +125,8 @@ class ChatModel:
         if self.structured not in _WAYS[self.api]:
             known = ", ".join(way.value for way in _WAYS[self.api])
             raise UserError(f"{name}: structured {self.structured.value!r} is not for {self.api.value}; known: {known}")
+        if self.lines_only and self.structured is Structured.TEXT:
+            raise UserError(f"{name}: lines_only needs a form that is enforced; leave structured = 'text' out")
 
     @property
     def prompt_tokens(self) -> int:
@@ -136,7 +144,10 @@ class ChatModel:
         if not key and is_local(self.base_url):
             return NO_KEY
         if not key:
-            raise UserError(f"model {self.name!r} needs a key: {name} is not set; export it, or say key_env = …")
+            raise UserError(
+                f"model {self.name!r} needs a key: {name} is not set; export it, or name another variable by key_env "
+                "in a file for --minds"
+            )
         if not key.isascii() or not key.isprintable() or " " in key:
             raise UserError(f"model {self.name!r}: {name} holds no key (one word of plain characters); set it again")
         return key

@@ -69,7 +69,8 @@ def load_prices(override: Path | None = None) -> dict[str, Price]:
         try:
             prices |= _read(override.read_text(encoding="utf-8"), str(override))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"price file {str(override)!r} cannot be read: {clean(str(error))}") from None
+            why = clean(str(error))
+            raise UserError(f"price file {str(override)!r} cannot be read: {why}; --prices takes a TOML file") from None
     return prices
 
 
@@ -115,7 +116,7 @@ def price_of(
         return price
     if is_local(base_url):
         return FREE
-    remedy = f"add [{_toml_key(model)}] with input and output in USD per million tokens to the price file"
+    remedy = f"add [{_toml_key(model)}] with input and output in USD per million tokens to a file for --prices"
     if capped:
         raise UserError(f"the price of model {model!r} is not known, so a spend cap cannot hold; {remedy}")
     note(f"the price of model {model!r} is not known, its cost counts as 0; {remedy}")

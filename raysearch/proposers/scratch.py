@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,16 @@ def disarm(folder: Path) -> None:
         for name in (*folders, *files):
             if name == ".git":
                 remove(Path(at, name))
+
+
+def forget(folder: Path, secrets: Sequence[str]) -> None:
+    """Removes the files below a folder that hold a secret, and those that are too long to be looked through."""
+    needles = [secret.encode() for secret in secrets]
+    for place, _, names in os.walk(folder) if needles else ():
+        for path in (Path(place, name) for name in names):
+            content = read_regular(path, MAX_BYTES + 1) or b""
+            if len(content) > MAX_BYTES or any(needle in content for needle in needles):
+                remove(path)
 
 
 def _open_up(name: str, parent: int | None = None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from enum import Enum
+from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
@@ -39,7 +41,19 @@ def convert(table: Mapping[str, Any], kind: type[T], *, where: str) -> T:
     try:
         return msgspec.convert(dict(table), kind)
     except msgspec.ValidationError as error:
-        raise UserError(f"{where}: {error}; correct the value") from None
+        raise UserError(f"{where}: {_told(str(error), table, kind)}; correct it") from None
+
+
+def _told(error: str, table: Mapping[str, Any], kind: type[Any]) -> str:
+    """What is wrong, with the key, its value and, of words, those that are known."""
+    rule, _, place = error.partition(" - at `$.")
+    key = re.match(r"\w*", place)
+    if not key or key[0] not in table:
+        return error
+    wanted: Any = get_type_hints(kind)[key[0]]
+    words = [member.value for member in wanted] if isinstance(wanted, type) and issubclass(wanted, Enum) else []
+    known = f"; known: {', '.join(map(str, words))}" if words else ""
+    return f"{key[0]} = {table[key[0]]!r}: {rule[0].lower()}{rule[1:]}{known}"
 
 
 def field_names(kind: type[Any]) -> list[str]:
