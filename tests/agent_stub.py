@@ -1,14 +1,22 @@
 """A scripted mind behind the streams that coding agents speak: it edits a line of a file with their own tools.
 
 It is no model: it shows that a real agent program, started as we start it, comes to an edit and says what it cost.
+What real programs need to be started here is at the end.
 """
 
 import json
+import os
+import re
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 LAST = "I lowered the step size.\n\nHypothesis: a smaller step ends lower\nOperator: tune\nPredicted delta: -0.01"
 OLD, NEW = "LR = 0.02", "LR = 0.01"
@@ -130,3 +138,48 @@ def stub_mind(file_in: Callable[[dict[str, Any]], str]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# ---- real programs ----
+
+
+def installed(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"the coding agent {name} is not on PATH; install it to see it edit")
+    return found
+
+
+def file_in(body: dict[str, Any], name: str = "train.py") -> str:
+    """The program that a request is about, by the folder that the agent says it works in."""
+    found = re.search(r"/[\w./-]*?/at-work/\d+/work", json.dumps(body))
+    return f"{found[0]}/{name}" if found else name
+
+
+def configured(name: str, home: Path, url: str) -> tuple[dict[str, str], str]:
+    """Environment and model that make an agent ask the stub, and keep to a home of its own."""
+    home.mkdir(exist_ok=True)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    match name:
+        case "claude":
+            return environ | {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "x"}, ""
+        case "codex":
+            provider = f'[model_providers.stub]\nname = "stub"\nbase_url = "{url}/v1"\nwire_api = "responses"\n'
+            (home / "config.toml").write_text(f'model = "stub"\nmodel_provider = "stub"\n{provider}')
+            return environ | {"CODEX_HOME": str(home)}, ""
+        case "opencode":
+            options = {"baseURL": f"{url}/v1", "apiKey": "x"}
+            local = {"npm": "@ai-sdk/openai-compatible", "options": options, "models": {"stub": {"name": "stub"}}}
+            return environ | {"OPENCODE_CONFIG_CONTENT": json.dumps({"provider": {"local": local}})}, "local/stub"
+        case _:
+            settings = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+            (home / ".gemini").mkdir(exist_ok=True)
+            (home / ".gemini" / "settings.json").write_text(json.dumps(settings))
+            return environ | {"GEMINI_API_KEY": "x", "GOOGLE_GEMINI_BASE_URL": url}, ""
+
+
+@contextmanager
+def a_home() -> Iterator[Path]:
+    """Codex wants no home among temporary files."""
+    with tempfile.TemporaryDirectory(prefix=".raysearch-agent-", dir=Path.home()) as folder:
+        yield Path(folder)

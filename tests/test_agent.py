@@ -3,14 +3,10 @@
 The agents here are small programs, run as real ones are; the real ones are at the end, where they are installed.
 """
 
-import contextlib
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_stub import LAST, NEW, OLD, TOKENS_IN, TOKENS_OUT, stub_mind
+from agent_stub import LAST, NEW, OLD, TOKENS_IN, TOKENS_OUT, a_home, configured, file_in, installed, stub_mind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -604,46 +600,10 @@ def test_a_program_that_is_not_there_is_said_at_the_start(lab: Lab):
 # ---- real programs ----
 
 
-def installed(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"the coding agent {name} is not on PATH; install it to see it edit")
-    return found
-
-
-def file_in(body: dict[str, Any]) -> str:
-    """The program that a request is about, by the folder that the agent says it works in."""
-    found = re.search(r"/[\w./-]*?/at-work/\d+/work", json.dumps(body))
-    return f"{found[0]}/train.py" if found else "train.py"
-
-
-def configured(name: str, home: Path, url: str) -> tuple[dict[str, str], str]:
-    """Environment and model that make an agent ask the stub, and keep to a home of its own."""
-    home.mkdir(exist_ok=True)
-    environ = {"PATH": os.environ["PATH"], "HOME": str(home)}
-    match name:
-        case "claude":
-            return environ | {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_API_KEY": "x"}, ""
-        case "codex":
-            provider = f'[model_providers.stub]\nname = "stub"\nbase_url = "{url}/v1"\nwire_api = "responses"\n'
-            (home / "config.toml").write_text(f'model = "stub"\nmodel_provider = "stub"\n{provider}')
-            return environ | {"CODEX_HOME": str(home)}, ""
-        case "opencode":
-            options = {"baseURL": f"{url}/v1", "apiKey": "x"}
-            local = {"npm": "@ai-sdk/openai-compatible", "options": options, "models": {"stub": {"name": "stub"}}}
-            return environ | {"OPENCODE_CONFIG_CONTENT": json.dumps({"provider": {"local": local}})}, "local/stub"
-        case _:
-            settings = {"security": {"auth": {"selectedType": "gemini-api-key"}}}
-            (home / ".gemini").mkdir(exist_ok=True)
-            (home / ".gemini" / "settings.json").write_text(json.dumps(settings))
-            return environ | {"GEMINI_API_KEY": "x", "GOOGLE_GEMINI_BASE_URL": url}, ""
-
-
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """Codex wants no home among temporary files."""
-    with contextlib.ExitStack() as stack:
-        yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".raysearch-agent-", dir=Path.home())))
+    with a_home() as folder:
+        yield folder
 
 
 ANSWERS = {"claude": 3, "codex": 2, "opencode": 3, "gemini": 2}  # that the stub gives each
