@@ -193,6 +193,11 @@ def test_all_that_is_wrong_with_edits_is_said_at_once():
     assert said.endswith("; and 1 more")
 
 
+def test_an_edit_that_is_said_twice_is_made_once():
+    change = ("DEPTH = 6", "DEPTH = 7")
+    assert apply(answer(change, change), FILES) == apply(answer(change), FILES)
+
+
 def test_edits_that_overlap_are_refused():
     assert refusal(answer(("= 6\n", "= 7\n"), ("DEPTH = 6", "DEPTH = 8"))) == (
         "edits 2 and 1 overlap in train.py; make them one"
@@ -201,7 +206,8 @@ def test_edits_that_overlap_are_refused():
 
 
 def test_what_changes_nothing_or_says_two_things_is_refused():
-    assert refusal(answer(("DEPTH = 6", "DEPTH = 6"))) == "the result is the program as it is; change something"
+    said = "the result is the program as it is; in each edit REPLACE is the same as SEARCH; write it as it shall be"
+    assert refusal(answer(("DEPTH = 6", "DEPTH = 6"))) == said
     assert refusal(answer(file=PROGRAM)) == "the result is the program as it is; change something"
     assert refusal(answer()) == "the answer has neither edits nor a file; give one of them"
     assert refusal(answer(("6", "7"), file="x")).startswith("the answer has both edits and a file")

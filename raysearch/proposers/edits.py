@@ -267,12 +267,14 @@ def apply(answer: Answer, files: Mapping[str, str]) -> dict[str, str]:
     if answer.file is not None:
         results = _whole(answer.file, files)
     elif answer.edits:
-        results = _edited(answer.edits, files)
+        results = _edited(tuple(dict.fromkeys(answer.edits)), files)  # said twice is said once
     else:
         raise AnswerError("the answer has neither edits nor a file; give one of them")
     changed = {path: text for path, text in results.items() if text != files[path]}
     if not changed:
-        raise AnswerError("the result is the program as it is; change something")
+        same = bool(answer.edits) and all(edit.search == edit.replace for edit in answer.edits)
+        what = "in each edit REPLACE is the same as SEARCH; write it as it shall be" if same else "change something"
+        raise AnswerError(f"the result is the program as it is; {what}")
     for path, text in changed.items():
         lines = text.count("\n")
         if lines > MAX_LINES:
