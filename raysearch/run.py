@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import click
 
-from raysearch import __version__, folder, objective, profile, programs
+from raysearch import __version__, folder, labels, objective, profile, programs
 from raysearch.config import StudyConfig
 from raysearch.directions import GENERAL, Directions, refusal
 from raysearch.errors import UserError
@@ -148,6 +149,15 @@ def propose(
         click.echo(str(target))
     note = "the study takes it now" if driven else f"it is taken when the study runs: raysearch --study {place.name}"
     click.echo(note, err=True)
+
+
+@cli.command("node-labels")
+def node_labels() -> None:
+    """Print what this machine is, for `ray start --labels="$(raysearch node-labels)"`."""
+    found = profile.detect()
+    click.echo(labels.node_labels(found, version=__version__))
+    for line in labels.advice(found, chosen="CUDA_VISIBLE_DEVICES" in os.environ):
+        _note(f"node-labels: {line}")
 
 
 def _patch_text(patch: Path | None, commit: str | None, repo: Ratchet, task: Objective, champion: str) -> str:

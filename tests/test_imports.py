@@ -18,6 +18,7 @@ TOP = {"coordinator", "run", "simulate", "minds"}
 ALLOWED: dict[str, set[str]] = {
     "objective": set(),
     "profile": set(),
+    "labels": {"profile"},
     "journal": set(),
     "ratchet": set(),
     "nursery": {"supervisor"},
