@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from raysearch import __version__, directions, duplicates, objective, plan
+from raysearch import __version__, directions, duplicates, joining, objective, plan
 from raysearch.asker import Asking
 from raysearch.brief import brief
 from raysearch.config import StudyConfig, write_config
@@ -43,6 +43,7 @@ from raysearch.model import (
     Refused,
     SessionEnded,
     SessionStarted,
+    SlotGauged,
     Trial,
     TrialFinished,
     TrialStarted,
@@ -652,16 +653,26 @@ class Coordinator:
         if known is None:
             self._add_profile(with_slug(found, base_slug(slot.hardware), self._study.lanes))
             known = next(lane for lane in self._study.lanes.values() if same_profile(lane.profile, found))
-        if slot.data and self._config.datasets.get(slot.preset) != slot.data.dataset:
-            settled = self._config.datasets | {slot.preset: slot.data.dataset}
-            self._config = self._config.model_copy(update={"datasets": settled})
-            write_config(self._folder.config, self._config)  # so that a later session takes the same
+        self._settle_data(slot)
         self._slots[slot.id] = slot
         self._profile_of[slot.id] = known.profile.slug
         self._places = None
-        speed = slot.speed
-        measured = f", matmul {speed.matmul_tflops:.3g} TFLOPS, copy {speed.copy_gb_per_s:.0f} GB/s" if speed else ""
-        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}{measured}")
+        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {joining.described(slot)}")
+        mislabelled = joining.mislabelled(slot)
+        if mislabelled:
+            self._console.note(mislabelled)
+        if slot.speed:
+            self._record(SlotGauged(slot.id, known.profile.slug, slot.speed.matmul_tflops, slot.speed.copy_gb_per_s))
+
+    def _settle_data(self, slot: SlotInfo) -> None:
+        """Writes down what data a preset has, so that a later session takes the same."""
+        if not slot.data:
+            return
+        datasets = self._config.datasets | {slot.preset: slot.data.dataset}
+        manifests = self._config.manifests | {slot.preset: slot.data.manifest_sha256}
+        if (datasets, manifests) != (self._config.datasets, self._config.manifests):
+            self._config = self._config.model_copy(update={"datasets": datasets, "manifests": manifests})
+            write_config(self._folder.config, self._config)
 
     def _profile(self, slot: SlotInfo) -> Profile:
         hardware, preset = slot.hardware, self._presets.get(slot.preset)

@@ -79,7 +79,7 @@ def _cpu() -> Hardware:
         driver="",
         uuid="",
         cores=psutil.cpu_count() or 1,
-        torch=_torch_version(),
+        torch=torch_version(),
     )
 
 
@@ -129,7 +129,7 @@ def _parts(nvml: Any, handle: Any, driver: str) -> list[Hardware]:
             driver=driver,
             uuid=_text(nvml.nvmlDeviceGetUUID(part)),
             cores=psutil.cpu_count() or 1,
-            torch=_torch_version(),
+            torch=torch_version(),
             mig=slices is not None,
             display=display,
         )
@@ -260,7 +260,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _torch_version() -> str:
+def torch_version() -> str:
+    """Of torch as it is installed here, with its build; `none` without one."""
     try:
         return metadata.version("torch")  # from the package's metadata: importing torch takes seconds
     except metadata.PackageNotFoundError:

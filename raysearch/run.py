@@ -381,6 +381,7 @@ def _coordinate(
         preset=config.preset if task.has_presets else "",
         dataset=config.dataset,
         datasets=config.datasets,
+        manifests=config.manifests,
     )
     slots = config.slots
     console = Console(study, name=config.name, metric=task.metric)

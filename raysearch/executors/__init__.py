@@ -35,6 +35,8 @@ class SlotInfo:
         shares_disk: Whether it sees the study's folder.
         speed: None where it was not measured: for objectives without presets, or because that failed.
         compile_cache: Kind of its compile cache, which slots of that kind may share; empty if it has none of ours.
+        label: What its node's label `raysearch/profile` says; empty where there is none, or where it is of no concern.
+        node_gpus: GPUs that Ray has on its node.
     """
 
     id: str
@@ -44,6 +46,8 @@ class SlotInfo:
     shares_disk: bool
     speed: Speed | None = None
     compile_cache: str = ""
+    label: str = ""
+    node_gpus: int = 0
 
 
 @dataclass(frozen=True)
