@@ -13,7 +13,7 @@ import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from raysearch import __version__, directions, duplicates, joining, objective, plan
 from raysearch.asker import Asking
@@ -81,11 +81,13 @@ class Session:
         study: Id of the study, by which its processes are found.
         id: Of this session, by which they are told from an earlier one's.
         deadline: Unix time after which nothing new is proposed; None for no limit.
+        wanted: Slots to have a cluster start, by the slug of their hardware.
     """
 
     study: str
     id: str
     deadline: float | None = None
+    wanted: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class Coordinator:
@@ -142,6 +144,7 @@ class Coordinator:
         self._wall_s: dict[str, float] = {}  # of the last measured trial, by profile
         self._failed_slots: list[str] = []
         self._places: list[Slot] | None = None  # made anew when a slot joins or leaves
+        self._wanted: Mapping[str, int] = {}  # slots, as the executor was told
         self._inbox_at = 0.0
         self._said_names: set[str] = set()  # what the directions name that is not there
         self._texts: OrderedDict[str, Mapping[str, str]] = OrderedDict()
@@ -203,6 +206,7 @@ class Coordinator:
         accepting = self._session.deadline is None or self._clock() < self._session.deadline
         asking = {(slug, name): asker.pace(slug) for name, asker in self._askers.items() for slug in self._study.lanes}
         late = self._late()
+        self._ask_for_slots(late, accepting=accepting and not self._draining)
         commands = next_commands(
             self._study,
             self._slots_by_profile(),
@@ -218,6 +222,15 @@ class Coordinator:
         if self._failed_slots and not self._slots and self._executor.starting() == 0:
             raise UserError(f"no slot can be used: {self._failed_slots[-1]}")
         return commands
+
+    def _ask_for_slots(self, late: set[str], *, accepting: bool) -> None:
+        """Has the cluster start what was wanted, as long as something new may be run there."""
+        blocked = {slug for slug, lane in self._study.lanes.items() if lane.blocked}
+        no_more = late | blocked if accepting else self._session.wanted.keys()
+        wanted = {slug: count for slug, count in self._session.wanted.items() if slug not in no_more}
+        if wanted != self._wanted:
+            self._executor.want(wanted)
+            self._wanted = wanted
 
     def _late(self) -> set[str]:
         """Profiles for which this session has had the hours that their directions give it."""

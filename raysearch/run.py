@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -72,6 +73,7 @@ _STUDIES = click.option(
 )
 @click.option("--baseline-runs", type=int, help="Runs of each profile's first program, for its noise.  [default: 3]")
 @click.option("--address", help="Ray cluster to join, `auto` for this machine's.  [default: start Ray here]")
+@click.option("--want", "wants", multiple=True, help="PROFILE=SLOTS to have the cluster start; may be repeated.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="Which slots.  [default: GPUs, else CPU]")
 @click.option("--cpu-slots", type=int, help="CPU slots a machine.  [default: one a core]")
 @click.option("--threads", type=int, help="CPU threads of a trial on a CPU slot.  [default: 1]")
@@ -210,6 +212,7 @@ def search(options: Mapping[str, Any]) -> int:
     from raysearch import minds  # noqa: PLC0415 - numpy; for a search alone
 
     _check_limits(options)
+    _wanted(options)  # says now what it would say then
     place = folder.named_folder(options["name"], options["studies"])
     config, is_new = folder.configure(place, _chosen(options))
     program = programs.given(options["program"]) if options["program"] else programs.general() if is_new else None
@@ -280,6 +283,21 @@ def _check_limits(options: Mapping[str, Any]) -> None:
         if value is not None and not value > 0:
             option = name.replace("_", "-")
             raise UserError(f"--{option} {value}: it must be more than 0; leave it out for no limit")
+
+
+def _wanted(options: Mapping[str, Any]) -> dict[str, int]:
+    """Slots by profile, of the options `--want PROFILE=SLOTS`."""
+    found: dict[str, int] = {}
+    for text in options["wants"]:
+        match = re.fullmatch(r"([a-z0-9]+(?:-[a-z0-9]+)*)=([1-9]\d{0,3})", text)
+        if match is None:
+            raise UserError(
+                f"--want {text!r}: it must be PROFILE=SLOTS, such as h100-80gb=4; status lists the profiles"
+            )
+        found[match[1]] = int(match[2])
+    if found and options["address"] is None:
+        raise UserError("--want is for a cluster that can start machines; give its --address, or leave it out")
+    return found
 
 
 def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, str]:
@@ -371,7 +389,8 @@ def _coordinate(
     from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
 
     hours = options["hours"]
-    session = Session(place.token.read_text(), uuid.uuid4().hex, time.time() + hours * 3600 if hours else None)
+    deadline = time.time() + hours * 3600 if hours else None
+    session = Session(place.token.read_text(), uuid.uuid4().hex, deadline, _wanted(options))
     task = config.to_objective()
     plan = SlotPlan(
         study=session.study,

@@ -9,7 +9,7 @@ import io
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,7 @@ class ToyExecutor:
         self.slots = {f"slot{number}": ToySlot(kind) for number, kind in enumerate(hardware)}
         self.behaviour = behaviour
         self.started: list[RunSpec] = []
+        self.wanted: list[dict[str, int]] = []
         self._reports: list[Report] = [
             SlotJoined(SlotInfo(name, slot.hardware, preset, None, True)) for name, slot in self.slots.items()
         ]
@@ -143,6 +144,9 @@ class ToyExecutor:
                 slot.running = None
                 self._reports.append(RunEnded(trial_id, 1, RunResult(Outcome.CANCELLED, "stopped by its slot")))
 
+    def want(self, slots: Mapping[str, int]) -> None:
+        self.wanted.append(dict(slots))
+
     def starting(self) -> int:
         return 0
 
@@ -170,6 +174,7 @@ class Toy:
     program: str = PROGRAM
     proposer: Proposer | None = None
     preset: str = ""
+    wanted: dict[str, int] = field(default_factory=dict[str, int])
     said: io.StringIO = field(default_factory=io.StringIO)
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
@@ -220,7 +225,7 @@ class Toy:
                 executor=self.executor,
                 askers=[Asker(proposer, self.clock)],
                 console=Console(self.study, name="toy", metric="score", stream=self.said),
-                session=Session("toy", "session"),
+                session=Session("toy", "session", wanted=self.wanted),
                 clock=self.clock,
             )
             return self.coordinator.run()

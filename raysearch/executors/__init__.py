@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,6 +114,14 @@ class Executor(Protocol):
 
     def cancel(self, trial_id: str) -> None:
         """Ends an attempt in flight; its `RunEnded` says CANCELLED."""
+        ...
+
+    def want(self, slots: Mapping[str, int]) -> None:
+        """Asks whoever can start machines for so many slots of each kind, in all; takes what it asked for before back.
+
+        Args:
+            slots: How many, by the slug of their hardware.
+        """
         ...
 
     def starting(self) -> int:

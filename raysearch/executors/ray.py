@@ -32,6 +32,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray._private import worker as ray_worker
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -335,6 +336,7 @@ class RayExecutor:
         self._failures: dict[tuple[str, str], int] = {}  # by node and place: how often it could not be set up there
         self._nodes_at = -math.inf
         self._progress_at = 0.0
+        self._has_asked = False
         self._local: _LocalRay | None = None
         if address is None:
             sweep(plan.study, session=plan.session)  # before anything of a killed session is read or run again
@@ -376,6 +378,19 @@ class RayExecutor:
                 call = actor.handle.cancel.options(concurrency_group="control")
                 call.remote(trial_id, actor.running.attempt)
 
+    def want(self, slots: Mapping[str, int]) -> None:
+        """Asks Ray's autoscaler for nodes with so many slots of each kind, by their label `raysearch/profile`.
+
+        Where nobody starts nodes it changes nothing. Version 1 of the autoscaler looks at GPUs and not at labels.
+        """
+        one = {slug: {"CPU": self._threads} if slug == "cpu" else {"GPU": 1} for slug in slots}
+        asked = [(one[slug], {labels.PROFILE: slug}) for slug, count in slots.items() for _ in range(count)]
+        if asked or self._has_asked:
+            self._has_asked = bool(asked)
+            request_resources(
+                bundles=[bundle for bundle, _ in asked], bundle_label_selectors=[selector for _, selector in asked]
+            )
+
     def starting(self) -> int:
         """Slots that are being set up."""
         return sum(actor.slot is None for actor in self._actors.values())
@@ -383,6 +398,7 @@ class RayExecutor:
     def close(self) -> None:
         """Ends all attempts and disconnects; a Ray that was started here is stopped."""
         try:
+            self.want({})  # or the autoscaler keeps the nodes
             runs = [ref for ref, (method, _) in self._pending.items() if method == "run"]
             for actor in self._actors.values():
                 if actor.running:
