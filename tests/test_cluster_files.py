@@ -1,4 +1,4 @@
-"""The launcher's files, read offline with Ray's own code; that `ray up` accepts them is not all that they have to do."""
+"""The launcher's files, read offline with Ray's own code, and held to what they promise beyond its schema."""
 
 import re
 import subprocess
