@@ -467,7 +467,7 @@ class RayExecutor:
         for node in nodes:
             name = node["NodeManagerHostname"]
             taken = name in self._hosts.values()
-            self._hosts.setdefault(node["NodeID"], f"{name}@{node['NodeID'][:6]}" if taken else name)
+            self._hosts.setdefault(node["NodeID"], f"{name}@{node['NodeID'][-6:]}" if taken else name)
 
     def _places(self, node: Mapping[str, Any], *, use_gpus: bool) -> list[tuple[str, str]]:
         host, resources = self._hosts[node["NodeID"]], node["Resources"]
