@@ -4,12 +4,6 @@ The machines alone are imagined: Ray's provider for its own tests starts a rayle
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +11,13 @@ from typing import Any
 
 import pytest
 import ray
+from ray_kit import START_LIMIT_S, nodes
 from test_executors import Bench, wait_until
 
-from raysearch import leftovers
 from raysearch.executors.ray import RayExecutor, SlotPlan
-from raysearch.runner import SESSION_MARK
 
 pytestmark = pytest.mark.cluster
-START_LIMIT_S = 120.0
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the provider has it
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def node_type(profile: str, most: int) -> dict[str, Any]:
@@ -43,7 +29,22 @@ def node_type(profile: str, most: int) -> dict[str, Any]:
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """A head without CPU and GPU whose autoscaler may start nodes of two kinds."""
-    port = free_port()
+    with nodes(tmp_path) as found:
+        (tmp_path / "autoscaling.json").write_text(json.dumps(autoscaling(found.address)))
+        env = {
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+            "RAY_NODE_TYPE_NAME": "ray.head.default",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        }
+        found.head(f"--autoscaling-config={tmp_path / 'autoscaling.json'}", env=env)
+        yield found.address
+
+
+def autoscaling(address: str) -> dict[str, Any]:
+    """A configuration as `ray up` hands it to the head."""
     config: dict[str, Any] = {
         "cluster_name": "imagined",
         "max_workers": 3,
@@ -53,7 +54,7 @@ def address(tmp_path: Path) -> Iterator[str]:
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "head_node_id": HEAD_ID,
             "launch_multiple": True,
-            "gcs_address": f"127.0.0.1:{port}",
+            "gcs_address": address,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
@@ -69,36 +70,7 @@ def address(tmp_path: Path) -> Iterator[str]:
     for command in ("head_start_ray", "worker_start_ray"):
         config[f"{command}_commands"] = []
     config |= {"auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": []}
-    (tmp_path / "autoscaling.json").write_text(json.dumps(config))
-    session = f"autoscaling-{os.getpid()}"
-    env = os.environ | {
-        SESSION_MARK: session,
-        "SPT_NOENV": "1",
-        "RAY_FAKE_CLUSTER": "1",
-        "RAY_enable_autoscaler_v2": "1",
-        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
-        "RAY_NODE_TYPE_NAME": "ray.head.default",
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    folder = tempfile.mkdtemp(prefix="rs-as-", dir="/tmp")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
-    command += ["--node-ip-address=127.0.0.1", "--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
-    command += [f"--temp-dir={folder}", f"--autoscaling-config={tmp_path / 'autoscaling.json'}"]
-    command += [f"--object-store-memory={100 * 2**20}"]
-    log = (tmp_path / "head.log").open("w")
-    head = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), 60.0)
-        yield f"127.0.0.1:{port}"
-    finally:
-        head.terminate()
-        head.wait(60)
-        log.close()
-        for pid in leftovers.marked(lambda marks: marks.get(SESSION_MARK) == session):  # of nodes that outlive the head
-            os.kill(pid, signal.SIGKILL)
+    return config
 
 
 def kinds() -> list[str]:
