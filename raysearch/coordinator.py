@@ -146,7 +146,7 @@ class Coordinator:
         self._places: list[Slot] | None = None  # made anew when a slot joins or leaves
         self._wanted: Mapping[str, int] = {}  # slots, as the executor was told
         self._inbox_at = 0.0
-        self._said_names: set[str] = set()  # what the directions name that is not there
+        self._said: set[str] = set()  # about a node, or about what the directions name that is not there
         self._texts: OrderedDict[str, Mapping[str, str]] = OrderedDict()
         self._known: dict[str, duplicates.Known] = {}
         self._draining = False
@@ -618,8 +618,8 @@ class Coordinator:
         wanted = self._study.directions(lane)
         names = directions.unknown_names(wanted, self._files(lane.champion_commit))
         said = f"{', '.join(names)}, which the program of {lane.profile.slug} does not set"
-        if names and said not in self._said_names:
-            self._said_names.add(said)
+        if names and said not in self._said:
+            self._said.add(said)
             self._console.note(f"{wanted.where}: the directions name {said}; mend the name, or leave it out")
 
     def _take_inbox(self) -> None:
@@ -672,7 +672,8 @@ class Coordinator:
         self._places = None
         self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {joining.described(slot)}")
         mislabelled = joining.mislabelled(slot)
-        if mislabelled:
+        if mislabelled and mislabelled not in self._said:  # each slot of the node would say it
+            self._said.add(mislabelled)
             self._console.note(mislabelled)
         if slot.speed:
             self._record(SlotGauged(slot.id, known.profile.slug, slot.speed.matmul_tflops, slot.speed.copy_gb_per_s))

@@ -76,9 +76,9 @@ def mislabelled(slot: SlotInfo) -> str | None:
     """What to say of a node whose label names other hardware, None if it does not."""
     if not slot.label or labels.names(slot.label, slot.hardware):
         return None
-    kind = profile.base_slug(slot.hardware)
+    host, kind = slot.id.rpartition(":")[0] or slot.id, profile.base_slug(slot.hardware)
     return (
-        f"slot {slot.id} is {kind}, but its node's label {labels.PROFILE} says {slot.label}; its card counts: "
+        f"node {host} has {kind}, but its label {labels.PROFILE} says {slot.label}; what it has counts: "
         'start Ray there with --labels="$(raysearch node-labels)"'
     )
 

@@ -77,9 +77,9 @@ def test_a_slot_that_has_joined_is_described_as_what_it_is():
 def test_a_label_that_names_another_card_is_told_in_one_line():
     assert joining.mislabelled(slot()) is None
     assert joining.mislabelled(slot(label="h100-80gb")) is None
-    said = joining.mislabelled(slot(label="rtx3060-12gb"))
+    said = joining.mislabelled(slot("box:GPU-1", label="rtx3060-12gb"))
     assert said == (
-        "slot a is h100-80gb, but its node's label raysearch/profile says rtx3060-12gb; its card counts: "
+        "node box has h100-80gb, but its label raysearch/profile says rtx3060-12gb; what it has counts: "
         'start Ray there with --labels="$(raysearch node-labels)"'
     )
 

@@ -50,9 +50,7 @@ def test_a_node_with_another_version_is_refused_and_a_wrong_label_is_told(cluste
     try:
         now.until(lambda: now.slots)
         (slot,) = now.slots.values()
-        assert "its node's label raysearch/profile says rtx3060-12gb; its card counts" in (
-            joining.mislabelled(slot) or ""
-        )
+        assert "its label raysearch/profile says rtx3060-12gb; what it has counts" in (joining.mislabelled(slot) or "")
     finally:
         now.executor.close()
 
