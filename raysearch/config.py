@@ -114,6 +114,7 @@ class StudyConfig(_Section):
     Attributes:
         preset: `auto`: by the slot's hardware.
         datasets: The dataset of each preset, written when its data was first prepared.
+        manifests: Hash of those data, by preset: a node with others is refused.
         dataset: Named by the user, else empty.
         models: Chat models; the keys of each are those of `proposers.endpoints.ChatModel`.
         agents: Coding agents by name; the keys of each are those of `proposers.agent_commands.CodingAgent`.
@@ -124,6 +125,7 @@ class StudyConfig(_Section):
     preset: str = "auto"
     dataset: str = ""
     datasets: dict[str, str] = {}
+    manifests: dict[str, str] = {}
     objective: ObjectiveSection = ObjectiveSection()
     budget: BudgetSection = BudgetSection()
     search: SearchSection = SearchSection()

@@ -37,6 +37,7 @@ from raysearch.model import (
     Refused,
     SessionEnded,
     SessionStarted,
+    SlotGauged,
     SlotRestored,
     SlotSetAside,
     Trial,
@@ -240,8 +241,8 @@ def told(study: Study, record: Record, metric: str) -> str:
             line = f"verdict {event.candidate} {event.verdict.value}: {event.reason}"
         case RatchetMoved() as event:
             line = _told_move(study, event, metric)
-        case SlotSetAside() | SlotRestored() as event:
-            line = _told_slot(event)
+        case SlotSetAside() | SlotRestored() | SlotGauged() as event:
+            line = _told_slot(study, event)
         case _:
             pass
     return line
@@ -254,7 +255,10 @@ def _directions(file: str, text: str) -> str:
         return str(error)
 
 
-def _told_slot(event: SlotSetAside | SlotRestored) -> str:
+def _told_slot(study: Study, event: SlotSetAside | SlotRestored | SlotGauged) -> str:
+    if isinstance(event, SlotGauged):
+        slow = {one.slot: one.reason for one in study.slow_slots(study.lane(event.profile))}
+        return f"slot {event.slot} is {slow[event.slot]}" if event.slot in slow else ""
     if isinstance(event, SlotRestored):
         return f"slot {event.slot} gets trials again"
     again = f"; {plural(len(event.repeat), 'trial')} run again elsewhere" if event.repeat else ""

@@ -13,9 +13,9 @@ import platform
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from raysearch import __version__, directions, duplicates, objective, plan
+from raysearch import __version__, directions, duplicates, joining, objective, plan
 from raysearch.asker import Asking
 from raysearch.brief import brief
 from raysearch.config import StudyConfig, write_config
@@ -43,6 +43,7 @@ from raysearch.model import (
     Refused,
     SessionEnded,
     SessionStarted,
+    SlotGauged,
     Trial,
     TrialFinished,
     TrialStarted,
@@ -81,11 +82,13 @@ class Session:
         study: Id of the study, by which its processes are found.
         id: Of this session, by which they are told from an earlier one's.
         deadline: Unix time after which nothing new is proposed; None for no limit.
+        wanted: Slots to have a cluster start, by the slug of their hardware.
     """
 
     study: str
     id: str
     deadline: float | None = None
+    wanted: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class Coordinator:
@@ -144,8 +147,9 @@ class Coordinator:
         self._wall_s: dict[str, float] = {}  # of the last measured trial, by profile
         self._failed_slots: list[str] = []
         self._places: list[Slot] | None = None  # made anew when a slot joins or leaves
+        self._wanted: Mapping[str, int] = {}  # slots, as the executor was told
         self._inbox_at = 0.0
-        self._said_names: set[str] = set()  # what the directions name that is not there
+        self._said: set[str] = set()  # about a node, or about what the directions name that is not there
         self._texts: OrderedDict[str, Mapping[str, str]] = OrderedDict()
         self._known: dict[str, duplicates.Known] = {}
         self._draining = False
@@ -205,6 +209,7 @@ class Coordinator:
         accepting = self._session.deadline is None or self._clock() < self._session.deadline
         asking = {(slug, name): asker.pace(slug) for name, asker in self._askers.items() for slug in self._study.lanes}
         late = self._late()
+        self._ask_for_slots(late, accepting=accepting and not self._draining)
         commands = next_commands(
             self._study,
             self._slots_by_profile(),
@@ -220,6 +225,15 @@ class Coordinator:
         if self._failed_slots and not self._slots and self._executor.starting() == 0:
             raise UserError(f"no slot can be used: {self._failed_slots[-1]}")
         return commands
+
+    def _ask_for_slots(self, late: set[str], *, accepting: bool) -> None:
+        """Has the cluster start what was wanted, as long as something new may be run there."""
+        blocked = {slug for slug, lane in self._study.lanes.items() if lane.blocked}
+        no_more = late | blocked if accepting else self._session.wanted.keys()
+        wanted = {slug: count for slug, count in self._session.wanted.items() if slug not in no_more}
+        if wanted != self._wanted:
+            self._executor.want(wanted)
+            self._wanted = wanted
 
     def _late(self) -> set[str]:
         """Profiles for which this session has had the hours that their directions give it."""
@@ -613,8 +627,8 @@ class Coordinator:
         wanted = self._study.directions(lane)
         names = directions.unknown_names(wanted, self._files(lane.champion_commit))
         said = f"{', '.join(names)}, which the program of {lane.profile.slug} does not set"
-        if names and said not in self._said_names:
-            self._said_names.add(said)
+        if names and said not in self._said:
+            self._said.add(said)
             self._console.note(f"{wanted.where}: the directions name {said}; mend the name, or leave it out")
 
     def _take_inbox(self) -> None:
@@ -661,16 +675,27 @@ class Coordinator:
         if known is None:
             self._add_profile(with_slug(found, base_slug(slot.hardware), self._study.lanes))
             known = next(lane for lane in self._study.lanes.values() if same_profile(lane.profile, found))
-        if slot.data and self._config.datasets.get(slot.preset) != slot.data.dataset:
-            settled = self._config.datasets | {slot.preset: slot.data.dataset}
-            self._config = self._config.model_copy(update={"datasets": settled})
-            write_config(self._folder.config, self._config)  # so that a later session takes the same
+        self._settle_data(slot)
         self._slots[slot.id] = slot
         self._profile_of[slot.id] = known.profile.slug
         self._places = None
-        speed = slot.speed
-        measured = f", matmul {speed.matmul_tflops:.3g} TFLOPS, copy {speed.copy_gb_per_s:.0f} GB/s" if speed else ""
-        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {slot.hardware.name}{measured}")
+        self._console.note(f"slot {slot.id} joined as {known.profile.slug}: {joining.described(slot)}")
+        mislabelled = joining.mislabelled(slot)
+        if mislabelled and mislabelled not in self._said:  # each slot of the node would say it
+            self._said.add(mislabelled)
+            self._console.note(mislabelled)
+        if slot.speed:
+            self._record(SlotGauged(slot.id, known.profile.slug, slot.speed.matmul_tflops, slot.speed.copy_gb_per_s))
+
+    def _settle_data(self, slot: SlotInfo) -> None:
+        """Writes down what data a preset has, so that a later session takes the same."""
+        if not slot.data:
+            return
+        datasets = self._config.datasets | {slot.preset: slot.data.dataset}
+        manifests = self._config.manifests | {slot.preset: slot.data.manifest_sha256}
+        if (datasets, manifests) != (self._config.datasets, self._config.manifests):
+            self._config = self._config.model_copy(update={"datasets": datasets, "manifests": manifests})
+            write_config(self._folder.config, self._config)
 
     def _profile(self, slot: SlotInfo) -> Profile:
         hardware, preset = slot.hardware, self._presets.get(slot.preset)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import fmean, median
 
-from raysearch.model import Measurement
+from raysearch.model import Measurement, SlotGauged
 
 WINDOW = 6  # comparisons of a slot that count
 LEAST = 4  # comparisons before a slot is suspected
@@ -23,6 +23,8 @@ SURE_VALUE = 4.5  # standard errors of the mean difference of the metric
 SPEED = "tokens_per_s"
 HOT = 3  # throttled trials in a row, after which a slot is suspected
 THROTTLED, THROTTLED_SHARE = "throttled", "throttled_share"  # 1 of a trial so marked; share of its training
+SLOW_SHARE = 0.03  # below the others of its kind, from which on a card is said to be slow when it joins
+GAUGES = 20  # of a slot that are remembered
 PROGRAMS = 1000  # remembered, the latest ones
 
 
@@ -51,6 +53,59 @@ class Suspicion:
     slot: str
     reason: str
     trials: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A slot whose card reached less, when it was last measured, than others of its kind or than it did before."""
+
+    slot: str
+    what: str
+    unit: str
+    value: float
+    usual: float
+    others: int  # slots whose median `usual` is; 0 for the slot's own earlier measurements
+
+    @property
+    def share(self) -> float:
+        """How much less, of the usual."""
+        return 1 - self.value / self.usual
+
+    @property
+    def reason(self) -> str:
+        """In a line."""
+        of = "its own earlier ones" if not self.others else "the other slot" if self.others == 1 else "the others"
+        return (
+            f"{100 * self.share:.1f} % slower in {self.what} than {'the median of ' if self.others != 1 else ''}{of}: "
+            f"{self.value:.4g} against {self.usual:.4g} {self.unit}; see to its cooling, power limit and clocks"
+        )
+
+
+def slow(gauges: Mapping[str, Sequence[SlotGauged]]) -> list[Slow]:
+    """The slots of a profile that are slower than the others; one that is alone is compared with its own past.
+
+    Args:
+        gauges: What was measured on each slot, oldest first.
+    """
+    figures = (("matmul", "TFLOPS"), ("copy", "GB/s"))
+    found: list[Slow] = []
+    for slot, own in gauges.items():
+        others = [theirs[-1] for name, theirs in gauges.items() if name != slot]
+        if not others and len(own) < 2:
+            continue
+        worst: Slow | None = None
+        for number, (what, unit) in enumerate(figures):
+            usual = median(_figures(one)[number] for one in (others or own[:-1]))
+            one = Slow(slot, what, unit, _figures(own[-1])[number], usual, len(others))
+            if usual > 0 and one.share >= (worst.share if worst else SLOW_SHARE):
+                worst = one
+        if worst:
+            found.append(worst)
+    return found
+
+
+def _figures(gauge: SlotGauged) -> tuple[float, float]:
+    return gauge.matmul_tflops, gauge.copy_gb_per_s
 
 
 @dataclass

@@ -376,6 +376,21 @@ class SlotRestored:
     profile: str
 
 
+@dataclass(frozen=True, slots=True)
+class SlotGauged:
+    """A slot joined, and its device was measured: a yardstick for others of its profile, now and in later sessions.
+
+    Attributes:
+        matmul_tflops: Dense matmul, 10^12 operations a second.
+        copy_gb_per_s: Copy in its memory, 10^9 bytes a second, read and written.
+    """
+
+    slot: str
+    profile: str
+    matmul_tflops: float
+    copy_gb_per_s: float
+
+
 Event = (
     SessionStarted
     | SessionEnded
@@ -391,6 +406,7 @@ Event = (
     | RatchetMoved
     | SlotSetAside
     | SlotRestored
+    | SlotGauged
 )
 
 

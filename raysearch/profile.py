@@ -6,6 +6,7 @@ of its own, so that neither the driver library nor torch ends up in a worker.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -15,7 +16,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -41,6 +42,9 @@ class Hardware:
         uuid: Of the GPU, empty on a CPU.
         cores: CPU cores of the machine.
         torch: Version of torch that trials will import.
+        mig: Whether it is a slice of a GPU (MIG), which has memory and a UUID of its own.
+        display: Whether a display server runs on it.
+        gpus: GPUs and slices of the machine, hidden ones included; 0 on a CPU.
     """
 
     device: str
@@ -51,6 +55,9 @@ class Hardware:
     uuid: str
     cores: int
     torch: str
+    mig: bool = False
+    display: bool = False
+    gpus: int = 0
 
 
 def detect() -> list[Hardware]:
@@ -72,7 +79,7 @@ def _cpu() -> Hardware:
         driver="",
         uuid="",
         cores=psutil.cpu_count() or 1,
-        torch=_torch_version(),
+        torch=torch_version(),
     )
 
 
@@ -90,41 +97,97 @@ def _gpus() -> list[Hardware]:
     except nvml.NVMLError:
         return []
     try:
-        driver = _text(nvml.nvmlSystemGetDriverVersion())
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        found: list[Hardware] = []
-        for handle in handles:
-            major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-            found.append(
-                Hardware(
-                    device="cuda",
-                    name=_text(nvml.nvmlDeviceGetName(handle)),
-                    memory_mb=int(nvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20,
-                    capability=f"{major}.{minor}",
-                    driver=driver,
-                    uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-                    cores=psutil.cpu_count() or 1,
-                    torch=_torch_version(),
-                )
-            )
+        return visible(read_gpus(nvml), os.environ.get("CUDA_VISIBLE_DEVICES"))
     finally:
         nvml.nvmlShutdown()
-    return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def visible(gpus: list[Hardware], cuda_visible_devices: str | None) -> list[Hardware]:
-    """The GPUs that CUDA would show: by index or UUID prefix, up to the first entry that names none."""
+def read_gpus(nvml: Any) -> list[list[Hardware]]:
+    """All GPUs of the machine, hidden ones too: each as itself, or as the slices that it is cut into.
+
+    Args:
+        nvml: The module `pynvml`, initialised.
+    """
+    driver = _text(nvml.nvmlSystemGetDriverVersion())
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    found = [_parts(nvml, handle, driver) for handle in handles]
+    count = sum(len(parts) for parts in found)
+    return [[dataclasses.replace(part, gpus=count) for part in parts] for parts in found]
+
+
+def _parts(nvml: Any, handle: Any, driver: str) -> list[Hardware]:
+    """A GPU as it can be used. One in MIG mode is no device of its own, and of no use before it was cut."""
+    slices = _slices(nvml, handle)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)  # a slice does not say
+    display = bool(_supported(nvml, nvml.nvmlDeviceGetDisplayActive, handle))
+    return [
+        Hardware(
+            device="cuda",
+            name=_text(nvml.nvmlDeviceGetName(part)),
+            memory_mb=int(nvml.nvmlDeviceGetMemoryInfo(part).total) // 2**20,
+            capability=f"{major}.{minor}",
+            driver=driver,
+            uuid=_text(nvml.nvmlDeviceGetUUID(part)),
+            cores=psutil.cpu_count() or 1,
+            torch=torch_version(),
+            mig=slices is not None,
+            display=display,
+        )
+        for part in (slices if slices is not None else [handle])
+    ]
+
+
+def _slices(nvml: Any, handle: Any) -> list[Any] | None:
+    """Handles of a GPU's slices; None if it is not in MIG mode."""
+    modes = _supported(nvml, nvml.nvmlDeviceGetMigMode, handle)  # now, and after a reset
+    if not modes or modes[0] != nvml.NVML_DEVICE_MIG_ENABLE:
+        return None
+    found: list[Any] = []
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with contextlib.suppress(nvml.NVMLError_NotFound):  # the places need not be filled in order
+            found.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
+    return found
+
+
+def _supported(nvml: Any, ask: Callable[[Any], Any], handle: Any) -> Any:
+    """What NVML says of a device, None where the card or the driver knows no such thing."""
+    try:
+        return ask(handle)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return None
+
+
+def visible(gpus: Sequence[Sequence[Hardware]], cuda_visible_devices: str | None) -> list[Hardware]:
+    """The GPUs that CUDA would show: by index or UUID prefix, up to the first entry that names none.
+
+    Without a choice of slices CUDA takes one; here they are all shown, since each can be chosen by its UUID.
+
+    Args:
+        gpus: As `read_gpus` has them.
+        cuda_visible_devices: The variable's value; None if it is not set.
+    """
+    parts = [part for gpu in gpus for part in gpu]
     if cuda_visible_devices is None:
-        return gpus
+        return parts
     chosen: list[Hardware] = []
     for entry in (part.strip() for part in cuda_visible_devices.split(",")):
-        matches = [gpu for gpu in gpus if entry and gpu.uuid.startswith(entry)]
+        matches = [part for part in parts if entry and part.uuid.startswith(entry)]
         if entry.isdecimal() and int(entry) < len(gpus):
-            matches = [gpus[int(entry)]]
+            matches = list(gpus[int(entry)])  # of a GPU that is cut CUDA takes the first slice
         if not matches:
             break
         chosen.append(matches[0])
     return chosen
+
+
+def remarks(hardware: Hardware) -> list[str]:
+    """What whoever owns the card should know of it, in a few words each."""
+    said: list[str] = []
+    if hardware.mig:
+        said.append("a MIG slice: its neighbours share the card's power, so its speed may vary with them")
+    if hardware.display:
+        said.append("drives a display, which takes memory and time from trials")
+    return said
 
 
 def held(gpu: Hardware, environment: Mapping[str, str]) -> Hardware:
@@ -197,7 +260,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _torch_version() -> str:
+def torch_version() -> str:
+    """Of torch as it is installed here, with its build; `none` without one."""
     try:
         return metadata.version("torch")  # from the package's metadata: importing torch takes seconds
     except metadata.PackageNotFoundError:

@@ -312,6 +312,7 @@ def _counts_part(study: Study, slug: str, lines: list[Line]) -> list[str]:
     aside = [f"{event.slot} ({_md(event.reason)})" for event in study.aside.values() if event.profile == slug]
     if aside:
         text.append(f"- Slots set aside: {'; '.join(aside)}.")
+    text += [f"- Slot {_md(one.slot)} is {_md(one.reason)}." for one in study.slow_slots(lane)]
     return [*text, ""]
 
 
@@ -464,6 +465,14 @@ class ThrottledStatus(TypedDict):
     share: float
 
 
+class SlowStatus(TypedDict):
+    """A slot whose card reached less than others of its kind as it joined; `share` is how much less, of the usual."""
+
+    slot: str
+    share: float
+    reason: str
+
+
 class ProfileStatus(TypedDict):
     """A profile's part of the status; the figures of the card are medians of its measured trials."""
 
@@ -489,6 +498,7 @@ class ProfileStatus(TypedDict):
     saved_s: float
     slots_aside: list[str]
     throttled_slots: list[ThrottledStatus]
+    slow_slots: list[SlowStatus]
     mfu_percent: float | None
     mfu_measured_percent: float | None
     energy_kj: float | None
@@ -652,6 +662,10 @@ def _profile_status(study: Study, slug: str, queued: int) -> ProfileStatus:
             for slot, one in sorted(study.lane(slug).heat.items())
             if one.throttled
         ],
+        slow_slots=[
+            SlowStatus(slot=one.slot, share=round(one.share, 4), reason=one.reason)
+            for one in study.slow_slots(study.lane(slug))
+        ],
         mfu_percent=use.mfu_percent if use else None,
         mfu_measured_percent=use.mfu_measured_percent if use else None,
         energy_kj=use.energy_kj if use else None,
@@ -710,7 +724,7 @@ def _profile_line(one: ProfileStatus, metric: str, direction: str) -> str:
 
 
 def _card_lines(one: ProfileStatus) -> list[str]:
-    """The profile's card in a line, and its throttled slots in one each."""
+    """The profile's card in a line, and its throttled and its slow slots in one each."""
     figures = (
         ("MFU {:.1f} % of the table's peak", one["mfu_percent"]),
         ("MFU {:.1f} % of the measured matmul", one["mfu_measured_percent"]),
@@ -725,7 +739,7 @@ def _card_lines(one: ProfileStatus) -> list[str]:
         text.append(
             f"{slot['slot']}: throttled in {count}, {100 * slot['share']:.0f} % of their training; last: {last}"
         )
-    return text
+    return text + [f"{slot['slot']}: {slot['reason']}" for slot in one["slow_slots"]]
 
 
 # ---- files ----

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import signal
 import sys
 import time
@@ -18,7 +20,7 @@ from typing import Any
 
 import click
 
-from raysearch import __version__, folder, objective, profile, programs
+from raysearch import __version__, folder, labels, objective, profile, programs
 from raysearch.config import StudyConfig, load_config, write_config
 from raysearch.directions import GENERAL, Directions, refusal
 from raysearch.errors import UserError
@@ -71,6 +73,7 @@ _STUDIES = click.option(
 )
 @click.option("--baseline-runs", type=int, help="Runs of each profile's first program, for its noise.  [default: 3]")
 @click.option("--address", help="Ray cluster to join, `auto` for this machine's.  [default: start Ray here]")
+@click.option("--want", "wants", multiple=True, help="PROFILE=SLOTS to have the cluster start; may be repeated.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="Which slots.  [default: GPUs, else CPU]")
 @click.option("--cpu-slots", type=int, help="CPU slots a machine.  [default: one a core]")
 @click.option("--threads", type=int, help="CPU threads of a trial on a CPU slot.  [default: 1]")
@@ -150,6 +153,15 @@ def propose(
     click.echo(note, err=True)
 
 
+@cli.command("node-labels")
+def node_labels() -> None:
+    """Print what this machine is, for `ray start --labels="$(raysearch node-labels)"`."""
+    found = profile.detect()
+    click.echo(labels.node_labels(found, version=__version__))
+    for line in labels.advice(found, chosen="CUDA_VISIBLE_DEVICES" in os.environ):
+        _note(f"node-labels: {line}")
+
+
 def _patch_text(patch: Path | None, commit: str | None, repo: Ratchet, task: Objective, champion: str) -> str:
     if (patch is None) == (commit is None):
         raise UserError("propose takes a patch file or --commit, one of the two; see `raysearch propose --help`")
@@ -200,6 +212,7 @@ def search(options: Mapping[str, Any]) -> int:
     from raysearch import minds  # noqa: PLC0415 - numpy; for a search alone
 
     _check_limits(options)
+    _wanted(options)  # says now what it would say then
     place = folder.named_folder(options["name"], options["studies"])
     chosen = _chosen(options)
     config, is_new = folder.configure(place, chosen)
@@ -284,6 +297,21 @@ def _check_limits(options: Mapping[str, Any]) -> None:
         if value is not None and not value > 0:
             option = name.replace("_", "-")
             raise UserError(f"--{option} {value}: it must be more than 0; leave it out for no limit")
+
+
+def _wanted(options: Mapping[str, Any]) -> dict[str, int]:
+    """Slots by profile, of the options `--want PROFILE=SLOTS`."""
+    found: dict[str, int] = {}
+    for text in options["wants"]:
+        match = re.fullmatch(r"([a-z0-9]+(?:-[a-z0-9]+)*)=([1-9]\d{0,3})", text)
+        if match is None:
+            raise UserError(
+                f"--want {text!r}: it must be PROFILE=SLOTS, such as h100-80gb=4; status lists the profiles"
+            )
+        found[match[1]] = int(match[2])
+    if found and options["address"] is None:
+        raise UserError("--want is for a cluster that can start machines; give its --address, or leave it out")
+    return found
 
 
 def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, str]:
@@ -375,7 +403,8 @@ def _coordinate(
     from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
 
     hours = options["hours"]
-    session = Session(place.token.read_text(), uuid.uuid4().hex, time.time() + hours * 3600 if hours else None)
+    deadline = time.time() + hours * 3600 if hours else None
+    session = Session(place.token.read_text(), uuid.uuid4().hex, deadline, _wanted(options))
     task = config.to_objective()
     plan = SlotPlan(
         study=session.study,
@@ -386,6 +415,7 @@ def _coordinate(
         dataset=config.dataset,
         datasets=config.datasets,
         withheld=config.key_names,
+        manifests=config.manifests,
     )
     slots = config.slots
     console = Console(study, name=config.name, metric=task.metric)

@@ -12,7 +12,7 @@ from itertools import count
 
 from raysearch import bandit, futility, judge
 from raysearch.bandit import Arm
-from raysearch.model import Outcome, Purpose, Trial
+from raysearch.model import Operator, Outcome, Purpose, Trial
 from raysearch.study import (
     REFERENCE_SEEDS,
     SCREEN_SEEDS,
@@ -31,6 +31,7 @@ FRESH_TRIALS = 8.0  # durations of a trial after which a reference run is too ol
 LOOK_BACK = 12  # of a program's fresh runs, the latest ones, that are looked at for a pair
 LOST_TOUCH = 8  # hopeless first runs in a row after which the champion is run again
 WANTED_DOF = 8.0  # of the champion's noise; the fewer it has, the sooner the champion is run again
+NEW_TRIALS = 30  # of a profile, before which the bandit has nothing to go by
 SPARE_PAIRS = 2  # pairs beyond the cap, in place of those whose other side failed
 
 
@@ -242,9 +243,15 @@ def _is_due(lane: Lane, share: float) -> bool:
 
 
 def _screens(study: Study, lane: Lane) -> Iterator[Trial]:
-    """First runs, the arm that the bandit names first; a person's proposals before all others."""
+    """First runs, the arm that the bandit names first.
+
+    Before all others come a person's proposals; then, on a profile that has hardly begun, what won on other cards.
+    """
     lines = _lines(study, lane)
-    for arm in [arm for arm in lines if arm.proposer not in study.settings.proposers]:
+    first = [arm for arm in lines if arm.proposer not in study.settings.proposers]
+    if lane.started < NEW_TRIALS:
+        first += [arm for arm in lines if arm.operator is Operator.TRANSFER and arm not in first]
+    for arm in first:
         for name in lines.pop(arm):
             yield _screen(study, lane, study.candidates[name])
     draw = chance(study.settings.seed, lane.started)

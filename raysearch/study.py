@@ -6,6 +6,7 @@ whatever the length of the study.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from raysearch import bandit, judge, yields
 from raysearch.bandit import Arm, Tally
 from raysearch.directions import Directions, in_force
 from raysearch.futility import Futility
-from raysearch.health import Health, Heat
+from raysearch.health import GAUGES, Health, Heat, Slow, slow
 from raysearch.model import (
     Candidate,
     Directed,
@@ -34,6 +35,7 @@ from raysearch.model import (
     Refused,
     SessionEnded,
     SessionStarted,
+    SlotGauged,
     SlotRestored,
     SlotSetAside,
     Trial,
@@ -185,6 +187,7 @@ class Lane:
         halves: Half-way values, by candidate.
         yields: What ideas cost and gave, by who had them.
         heat: How often each slot was throttled; runs that are no longer believed count too.
+        gauges: What was measured on each slot as it joined, in earlier sessions too.
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         refusals: Proposals that were refused since anything new was known of the profile.
         unmerged: Wins that are in conflict with the champion.
@@ -223,6 +226,7 @@ class Lane:
     yields: dict[Author, Yield] = field(default_factory=dict[Author, Yield])
     health: Health = field(default_factory=Health)
     heat: dict[str, Heat] = field(default_factory=dict[str, Heat])
+    gauges: dict[str, deque[SlotGauged]] = field(default_factory=dict[str, "deque[SlotGauged]"])
     screens: int = 0
     refusals: int = 0
     unmerged: list[str] = field(default_factory=list[str])
@@ -252,6 +256,7 @@ class Study:
         self.warm: set[str] = set()  # slots that had a trial in this session
         self.waiting: dict[str, Proposal] = {}  # proposed, not yet a commit
         self.refused: list[tuple[Proposal, str]] = []
+        self.gauged: set[str] = set()  # slots that were measured in this session, or in the last one
         self.aside: dict[str, SlotSetAside] = {}  # slots that get no trials
         self.aside_at: dict[str, float] = {}
         self.dropped: list[Dropped] = []  # answers that were no proposals
@@ -299,6 +304,8 @@ class Study:
                 self._set_aside(event, record.at)
             case SlotRestored() as event:
                 self._restore(event)
+            case SlotGauged() as event:
+                self._gauge(event)
         self.seq, self.last_at = record.seq, record.at
         if self.started_at is None:
             self.started_at = record.at
@@ -311,6 +318,8 @@ class Study:
         self.running.clear()
         self.busy.clear()
         self.warm.clear()
+        if isinstance(record.event, SessionStarted):
+            self.gauged.clear()
         self.aside.clear()  # a new session looks at the slots anew
         self.aside_at.clear()
         for lane in self.lanes.values():
@@ -707,6 +716,10 @@ class Study:
         self.aside.pop(event.slot, None)
         self.aside_at.pop(event.slot, None)
 
+    def _gauge(self, event: SlotGauged) -> None:
+        self.gauged.add(event.slot)
+        self.lane(event.profile).gauges.setdefault(event.slot, deque(maxlen=GAUGES)).append(event)
+
     def _open(self, candidate_id: str) -> CandidateState:
         state = self.candidate(candidate_id)
         if candidate_id not in self.lane(state.candidate.profile).open:
@@ -742,6 +755,12 @@ class Study:
                 return False
             candidate_id = self.candidates[candidate_id].base
         return True
+
+    def slow_slots(self, lane: Lane) -> list[Slow]:
+        """Slots of this session whose card is slower than others of its kind; cores of a CPU vary too much to say."""
+        if lane.profile.device != "cuda":
+            return []
+        return [one for one in slow({name: list(own) for name, own in lane.gauges.items()}) if one.slot in self.gauged]
 
     def head(self, lane: Lane) -> CandidateState:
         """What new proposals are built on: the champion, or the frontier candidate that promises most beyond it."""

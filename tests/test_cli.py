@@ -244,3 +244,18 @@ def test_propose_takes_a_patch_a_whole_file_and_a_commit(capsys: pytest.CaptureF
     (same, same_again) = [reason for _, reason in toy.study.refused[-2:]]
     assert same == same_again
     assert same.startswith("the same program as")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--want", "h100"], "--want 'h100': it must be PROFILE=SLOTS, such as h100-80gb=4"),
+        (["--want", "h100-80gb=0"], "--want 'h100-80gb=0': it must be"),
+        (["--want", "H100 80GB=1"], "--want 'H100 80GB=1': it must be"),
+        (["--want", "h100-80gb=1"], "--want is for a cluster that can start machines; give its --address"),
+    ],
+)
+def test_slots_that_cannot_be_wanted_are_said(capsys: pytest.CaptureFixture[str], options: list[str], message: str):
+    code, error = said(capsys, "--objective", "objective.toml", *options)
+    assert code == 2
+    assert message in error

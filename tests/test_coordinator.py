@@ -723,3 +723,23 @@ def test_replay_gives_the_same_state(tmp_path: Path):
     for name in ("lanes", "candidates", "trials", "refused", "proposals"):
         assert getattr(live, name) == getattr(replayed, name), name
     assert isinstance(replayed, Study)
+
+
+# ---- slots that a cluster starts ----
+
+
+def test_slots_are_wanted_while_there_is_work_for_them_and_no_longer(tmp_path: Path):
+    toy = Toy(tmp_path / "s", wanted={"h100-80gb": 2})
+
+    def meanwhile(toy: Toy) -> None:
+        if len(toy.executor.started) == 4 and toy.executor.wanted == [{"h100-80gb": 2}]:
+            toy.coordinator.interrupt()
+
+    toy.drive(trials=8, meanwhile=meanwhile)
+    assert toy.executor.wanted == [{"h100-80gb": 2}, {}]
+
+
+def test_what_nobody_wanted_is_never_asked_for(tmp_path: Path):
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=3)
+    assert toy.executor.wanted == []

@@ -58,6 +58,7 @@ class Bench:
     session: str = "session"
     slots: dict[str, SlotInfo] = field(default_factory=dict[str, SlotInfo])
     reports: list[Report] = field(default_factory=list[Report])
+    limit_s: float = LIMIT_S
 
     def poll(self) -> None:
         for report in self.executor.poll(0.1):
@@ -69,7 +70,7 @@ class Bench:
                 del self.slots[report.slot_id]
 
     def until(self, holds: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + self.limit_s
         while not (found := holds()):
             assert time.monotonic() < deadline, f"waited in vain; reports: {self.reports[-10:]}"
             self.poll()

@@ -18,6 +18,7 @@ TOP = {"coordinator", "run", "simulate", "minds"}
 ALLOWED: dict[str, set[str]] = {
     "objective": set(),
     "profile": set(),
+    "labels": {"profile"},
     "journal": set(),
     "ratchet": set(),
     "nursery": {"supervisor"},
@@ -53,7 +54,9 @@ ALLOWED: dict[str, set[str]] = {
     "executors": {"data", "profile", "runner"},
     "executors.surrogate": {"profile"},
     "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
-    "executors.ray": {"executors", "compile_cache", "data", "objective", "profile", "runner", "leftovers", "nursery"},
+    "joining": {"executors", "labels", "profile"},
+    "executors.ray": {"executors", "compile_cache", "data", "objective", "profile", "runner", "leftovers", "nursery"}
+    | {"joining", "labels"},
     "programs": set(),
     "folder": {"config", "journal", "ratchet"},
 }

@@ -11,7 +11,7 @@ from raysearch import judge
 from raysearch.bandit import Arm, Tally
 from raysearch.futility import FEWEST, spared
 from raysearch.model import Operator, Outcome, Purpose, SessionStarted, SlotSetAside, Trial, TrialStarted, Verdict
-from raysearch.schedule import FRESH_TRIALS, SPARE_PAIRS, Slot, queue_length, queued
+from raysearch.schedule import FRESH_TRIALS, NEW_TRIALS, SPARE_PAIRS, Slot, queue_length, queued
 from raysearch.study import candidate_id
 
 GPU = gpu_profile()
@@ -377,6 +377,30 @@ def test_a_persons_proposals_go_first():
     order = [trial.candidate for trial in told.starts() if trial.purpose is Purpose.SCREEN]
     assert order[:2] == ["c0003", "c0005"]
     assert set(order[2:]) == {"c0001", "c0002", "c0004"}
+
+
+def test_a_new_kind_of_card_first_tries_what_won_on_the_others():
+    told = ready(slots=slots(9), proposers=("tune", "transfer"))
+    for operator in (Operator.TUNE, Operator.TUNE, Operator.TRANSFER, Operator.TUNE, Operator.TRANSFER):
+        told.candidate(proposer=operator.value, operator=operator)
+    order = [trial.candidate for trial in told.starts() if trial.purpose is Purpose.SCREEN]
+    assert order[:2] == ["c0003", "c0005"]
+    assert set(order[2:]) == {"c0001", "c0002", "c0004"}
+
+
+def test_later_the_bandit_knows_better_than_to_put_transfers_first():
+    told = ready(slots=slots(1), proposers=("tune", "transfer"))
+    told.candidate()
+    told.candidate(proposer="transfer", operator=Operator.TRANSFER)
+    told.lane.tallies[Arm("tune", Operator.TUNE)] = Tally(tries=100, wins=50, gain=9.0, seconds=2000)
+    told.lane.tallies[Arm("transfer", Operator.TRANSFER)] = Tally(tries=100, wins=0, gain=0.0, seconds=2000)
+    (early,) = told.starts()
+    led: Counter[str] = Counter()
+    for started in range(NEW_TRIALS, NEW_TRIALS + 40):  # each with chances of its own
+        told.lane.started = told.lane.repeated_at = started
+        led.update(trial.candidate for trial in told.starts())
+    assert early.candidate == "c0002"
+    assert led["c0001"] > led["c0002"]
 
 
 def test_an_arm_that_gained_much_is_first_more_often_than_one_that_gained_nothing():

@@ -9,7 +9,7 @@ import io
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class ToyExecutor:
         self.behaviour = behaviour
         self.started: list[RunSpec] = []
         self.step_s = math.inf  # that pass in a poll at most
+        self.wanted: list[dict[str, int]] = []
         self._reports: list[Report] = [
             SlotJoined(SlotInfo(name, slot.hardware, preset, None, True)) for name, slot in self.slots.items()
         ]
@@ -146,6 +147,9 @@ class ToyExecutor:
                 slot.running = None
                 self._reports.append(RunEnded(trial_id, 1, RunResult(Outcome.CANCELLED, "stopped by its slot")))
 
+    def want(self, slots: Mapping[str, int]) -> None:
+        self.wanted.append(dict(slots))
+
     def starting(self) -> int:
         return 0
 
@@ -181,6 +185,7 @@ class Toy:
     own_purse: Purse | None = None  # that these were made with
     preset: str = ""
     max_usd: float | None = None
+    wanted: dict[str, int] = field(default_factory=dict[str, int])
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
     askers: list[Asker] = field(init=False)
@@ -235,7 +240,7 @@ class Toy:
                 executor=self.executor,
                 askers=self.askers,
                 console=Console(self.study, name="toy", metric="score", stream=self.said),
-                session=Session("toy", "session"),
+                session=Session("toy", "session", wanted=self.wanted),
                 purse=self.purse,
                 clock=self.clock,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,6 +36,8 @@ class SlotInfo:
         shares_disk: Whether it sees the study's folder.
         speed: None where it was not measured: for objectives without presets, or because that failed.
         compile_cache: Kind of its compile cache, which slots of that kind may share; empty if it has none of ours.
+        label: What its node's label `raysearch/profile` says; empty where there is none, or where it is of no concern.
+        node_gpus: GPUs that Ray has on its node.
     """
 
     id: str
@@ -44,6 +47,8 @@ class SlotInfo:
     shares_disk: bool
     speed: Speed | None = None
     compile_cache: str = ""
+    label: str = ""
+    node_gpus: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,14 @@ class Executor(Protocol):
 
     def cancel(self, trial_id: str) -> None:
         """Ends an attempt in flight; its `RunEnded` says CANCELLED."""
+        ...
+
+    def want(self, slots: Mapping[str, int]) -> None:
+        """Asks whoever can start machines for so many slots of each kind, in all; takes what it asked for before back.
+
+        Args:
+            slots: How many, by the slug of their hardware.
+        """
         ...
 
     def starting(self) -> int:

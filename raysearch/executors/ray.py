@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Collection, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray._private import worker as ray_worker
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysearch import leftovers, objective, profile
+from raysearch import labels, leftovers, objective, profile
 from raysearch.compile_cache import PIECE_BYTES, Archive, CompileCache, open_cache
 from raysearch.data import prepare
 from raysearch.errors import UserError
@@ -49,6 +50,7 @@ from raysearch.executors import (
     SlotProgress,
     Speed,
 )
+from raysearch.joining import Software, check_software, data_refusal, installed
 from raysearch.model import Outcome
 from raysearch.nursery import Nursery
 from raysearch.profile import Hardware
@@ -94,6 +96,8 @@ class SlotPlan:
         dataset: Named dataset, or empty for the preset's own choice.
         datasets: Datasets that were settled earlier, by preset.
         withheld: Names of variables that no process of a Ray that is started here sees, beside what looks like secrets.
+        manifests: Hashes of their data, by preset.
+        software: Of the head; all nodes need the same.
     """
 
     study: str
@@ -104,6 +108,8 @@ class SlotPlan:
     dataset: str
     datasets: dict[str, str]
     withheld: tuple[str, ...] = ()
+    manifests: dict[str, str] = field(default_factory=dict[str, str])
+    software: Software = field(default_factory=installed)
 
 
 class _Slot:
@@ -127,6 +133,7 @@ class _Slot:
 
     def describe(self) -> SlotInfo:
         """Finds out what the slot is made of and sees to its data; takes long when data must be made first."""
+        check_software(installed(), self._plan.software)
         hardware = self._hardware()
         self._slot_id = f"{self._host}:{hardware.uuid[:12]}" if hardware.uuid else self._place
         # Of earlier sessions on this machine, and of an actor of this one that died here.
@@ -321,16 +328,18 @@ class RayExecutor:
     def __init__(
         self, plan: SlotPlan, *, address: str | None, device: str = "auto", cpu_slots: int = 0, threads: int = 1
     ) -> None:
-        self._plan = plan
+        self._plan = dataclasses.replace(plan, datasets=dict(plan.datasets), manifests=dict(plan.manifests))
         self._device = device
         self._cpu_slots = cpu_slots
         self._threads = threads
         self._actors: dict[str, _Actor] = {}  # by place
         self._pending: dict[Any, tuple[str, _Actor]] = {}  # ref -> (method, actor)
         self._hosts: dict[str, str] = {}  # by node
+        self._labels: dict[str, tuple[str, int]] = {}  # by node: what it says that it is, and its GPUs
         self._failures: dict[tuple[str, str], int] = {}  # by node and place: how often it could not be set up there
         self._nodes_at = -math.inf
         self._progress_at = 0.0
+        self._has_asked = False
         self._local: _LocalRay | None = None
         if address is None:
             sweep(plan.study, session=plan.session)  # before anything of a killed session is read or run again
@@ -372,6 +381,19 @@ class RayExecutor:
                 call = actor.handle.cancel.options(concurrency_group="control")
                 call.remote(trial_id, actor.running.attempt)
 
+    def want(self, slots: Mapping[str, int]) -> None:
+        """Asks Ray's autoscaler for nodes with so many slots of each kind, by their label `raysearch/profile`.
+
+        Where nobody starts nodes it changes nothing. Version 1 of the autoscaler looks at GPUs and not at labels.
+        """
+        one = {slug: {"CPU": self._threads} if slug == "cpu" else {"GPU": 1} for slug in slots}
+        asked = [(one[slug], {labels.PROFILE: slug}) for slug, count in slots.items() for _ in range(count)]
+        if asked or self._has_asked:
+            self._has_asked = bool(asked)
+            request_resources(
+                bundles=[bundle for bundle, _ in asked], bundle_label_selectors=[selector for _, selector in asked]
+            )
+
     def starting(self) -> int:
         """Slots that are being set up."""
         return sum(actor.slot is None for actor in self._actors.values())
@@ -379,6 +401,7 @@ class RayExecutor:
     def close(self) -> None:
         """Ends all attempts and disconnects; a Ray that was started here is stopped."""
         try:
+            self.want({})  # or the autoscaler keeps the nodes
             runs = [ref for ref, (method, _) in self._pending.items() if method == "run"]
             for actor in self._actors.values():
                 if actor.running:
@@ -428,6 +451,10 @@ class RayExecutor:
         if self._local and not nodes:
             raise RuntimeError("its node on this machine died")
         self._name_hosts(nodes)
+        self._labels = {
+            node["NodeID"]: (node["Labels"].get(labels.PROFILE, ""), int(node["Resources"].get("GPU", 0)))
+            for node in nodes
+        }
         use_gpus = self._device == "cuda" or (
             self._device == "auto" and any(node["Resources"].get("GPU", 0) for node in nodes)
         )
@@ -443,7 +470,7 @@ class RayExecutor:
         for node in nodes:
             name = node["NodeManagerHostname"]
             taken = name in self._hosts.values()
-            self._hosts.setdefault(node["NodeID"], f"{name}@{node['NodeID'][:6]}" if taken else name)
+            self._hosts.setdefault(node["NodeID"], f"{name}@{node['NodeID'][-6:]}" if taken else name)
 
     def _places(self, node: Mapping[str, Any], *, use_gpus: bool) -> list[tuple[str, str]]:
         host, resources = self._hosts[node["NodeID"]], node["Resources"]
@@ -479,14 +506,30 @@ class RayExecutor:
         except (RayError, UserError) as error:
             return self._raised(method, actor, _said(getattr(error, "cause", None) or error))
         if method == "describe":
-            actor.slot = value
-            self._share_cache(actor, value.compile_cache)
-            return [SlotJoined(value)]
+            return self._described(actor, value)
         if method == "run":
             return self._ended(actor, value)
         if method != "progress" or not value or actor.slot is None or actor.running is None:
             return []
         return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
+
+    def _described(self, actor: _Actor, found: SlotInfo) -> list[Report]:
+        """A slot is set up; the first one of a preset settles the data for all."""
+        plan, data = self._plan, found.data
+        if data and data.dataset != plan.datasets.setdefault(found.preset, data.dataset):
+            self._remove(actor)  # both made their choice at the same time; it makes the settled data now
+            self._nodes_at = -math.inf
+            return []
+        against = data_refusal(found, plan.manifests.get(found.preset))
+        if against is not None:
+            return self._raised("describe", actor, against)
+        if data:
+            plan.manifests[found.preset] = data.manifest_sha256
+        label, gpus = self._labels.get(actor.node, ("", 0))
+        is_of_concern = actor.device == "cuda" or not gpus  # of a GPU node, whose CPU is used, it says nothing
+        actor.slot = dataclasses.replace(found, label=label if is_of_concern else "", node_gpus=gpus)
+        self._share_cache(actor, found.compile_cache)
+        return [SlotJoined(actor.slot)]
 
     def _share_cache(self, actor: _Actor, kind: str) -> None:
         """Has a new slot ask other nodes for the compile cache of its kind, and they it; nobody waits for that."""

@@ -179,6 +179,9 @@ class SimulatedExecutor:
             if spec.trial_id == trial_id:
                 self._end(slot_id, spec, RunResult(Outcome.CANCELLED, "stopped by its slot"))
 
+    def want(self, slots: Mapping[str, int]) -> None:
+        """Its machines come and go by plan."""
+
     def starting(self) -> int:
         """No slot is being set up: each joins ready."""
         return 0
