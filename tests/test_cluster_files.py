@@ -66,6 +66,7 @@ def test_every_node_installs_the_same_wheel_with_the_same_lock(path: Path):
     assert (ROOT / config["file_mounts"]["~/raysearch/constraints.txt"]).exists()
     install = config["setup_commands"][1]
     assert "--constraint ~/raysearch/constraints.txt ~/raysearch/dist/*.whl" in install
+    assert "PATH=~/raysearch/venv/bin:$PATH RAY_AUTH_MODE=token" in config["setup_commands"][-1]  # `ray down` needs it
     assert not [key for key in ("head_setup_commands", "worker_setup_commands") if "torch" in str(config.get(key))]
 
 
