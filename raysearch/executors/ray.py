@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import glob
 import json
 import math
 import os
@@ -52,12 +54,14 @@ from raysearch.executors import (
 from raysearch.model import Outcome
 from raysearch.nursery import Nursery
 from raysearch.profile import Hardware
-from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
+from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, full_disk, returned_files, sweep
 
 OBJECT_STORE_BYTES = 100 * 2**20  # results are small, and the machine may be
 NODES_EVERY_S = 5.0
 PROGRESS_EVERY_S = 1.0
 MAX_FAILURES = 3
+MAX_LOST = 2  # runs in a row of a slot that lives: one less than what makes a study give a trial up
+RETRY_S = 30.0  # until a place is tried again whose disk was full, or which lost its runs
 REACH_LIMIT_S = 5.0
 GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
 MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
@@ -128,6 +132,9 @@ class _Slot:
         self._slot_id = f"{self._host}:{hardware.uuid[:12]}" if hardware.uuid else self._place
         # Of earlier sessions on this machine, and of an actor of this one that died here.
         sweep(self._plan.study, session=self._plan.session, slot=self._slot_id)
+        for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch())}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        _check_disk(tempfile.gettempdir())
         preset, data = "", None
         if self._plan.preset:
             presets = objective.load_presets()
@@ -158,7 +165,8 @@ class _Slot:
 
     def run(self, spec: RunSpec) -> RunResult:
         """Runs one attempt to its end."""
-        out = Path(spec.out) if self._shares_disk else Path(tempfile.mkdtemp(prefix="raysearch-")) / spec.trial_id
+        shares = self._shares_disk
+        out = Path(spec.out if shares else f"{tempfile.mkdtemp(prefix=self._scratch())}/{spec.trial_id}")
         env = dict(os.environ)
         if self._device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -175,11 +183,17 @@ class _Slot:
                 result = run.wait()
             finally:
                 self._run = None
-        if self._shares_disk:
+        if result.outcome is Outcome.LOST:
+            _check_disk(out)
+        if shares:
             return result
         files = returned_files(out)
         shutil.rmtree(out.parent, ignore_errors=True)
         return dataclasses.replace(result, files=files)
+
+    def _scratch(self) -> str:
+        """How the folders begin that this slot makes for trials; of what it leaves when it is killed, too."""
+        return f"raysearch-{self._plan.study[:12]}-{self._slot_id.replace('/', '-')}-"
 
     def progress(self) -> dict[str, Any]:
         """What the trial in flight says of itself."""
@@ -223,6 +237,12 @@ class _Slot:
                 except (RayError, UserError, OSError) as error:  # trials compile for themselves, as without it
                     said = _said(error)
         return said if wanted else "not wanted"
+
+
+def _check_disk(folder: str | Path) -> None:
+    full = full_disk(Path(folder))
+    if full:
+        raise OSError(errno.ENOSPC, full)
 
 
 def _asked(method: Any, *arguments: Any) -> Any:
@@ -299,6 +319,7 @@ class _Actor:
     device: str
     slot: SlotInfo | None = None
     running: RunSpec | None = None
+    lost: int = 0  # runs in a row, while it lived
 
 
 class RayExecutor:
@@ -326,6 +347,7 @@ class RayExecutor:
         self._pending: dict[Any, tuple[str, _Actor]] = {}  # ref -> (method, actor)
         self._hosts: dict[str, str] = {}  # by node
         self._failures: dict[tuple[str, str], int] = {}  # by node and place: how often it could not be set up there
+        self._retry_at: dict[str, float] = {}  # by place: when what was wrong there may have passed
         self._nodes_at = -math.inf
         self._progress_at = 0.0
         self._local: _LocalRay | None = None
@@ -430,7 +452,9 @@ class RayExecutor:
         )
         for node in nodes:
             for place, device in self._places(node, use_gpus=use_gpus):
-                if place not in self._actors and self._failures.get((node["NodeID"], place), 0) < MAX_FAILURES:
+                usable = self._failures.get((node["NodeID"], place), 0) < MAX_FAILURES
+                waits = self._retry_at.get(place, -math.inf) > self._nodes_at
+                if usable and not waits and place not in self._actors:
                     self._make_actor(place, node["NodeID"], device)
 
     def _name_hosts(self, nodes: list[dict[str, Any]]) -> None:
@@ -474,13 +498,13 @@ class RayExecutor:
         except RayActorError as error:
             return self._bury(actor, _said(error))
         except (RayError, UserError) as error:
-            return self._raised(method, actor, _said(getattr(error, "cause", None) or error))
+            return self._raised(method, actor, getattr(error, "cause", None) or error)
         if method == "describe":
             actor.slot = value
             self._share_cache(actor, value.compile_cache)
             return [SlotJoined(value)]
         if method == "run":
-            return self._ended(actor, value)
+            return self._came_back(actor, value)
         if method != "progress" or not value or actor.slot is None or actor.running is None:
             return []
         return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
@@ -504,10 +528,24 @@ class RayExecutor:
         spec, actor.running = actor.running, None
         return [RunEnded(spec.trial_id, spec.attempt, result)] if spec else []
 
-    def _raised(self, method: str, actor: _Actor, reason: str) -> list[Report]:
+    def _came_back(self, actor: _Actor, result: RunResult) -> list[Report]:
+        """A run of a slot that lives ended. A slot that loses all would take the whole line, faster than any other."""
+        actor.lost = actor.lost + 1 if result.outcome is Outcome.LOST else 0
+        reports = self._ended(actor, result)
+        return reports if actor.lost < MAX_LOST else [*reports, *self._retire(actor, result.reason)]
+
+    def _retire(self, actor: _Actor, reason: str) -> list[Report]:
+        self._remove(actor)
+        self._retry_at[actor.place] = time.monotonic() + RETRY_S
+        return [SlotLeft(actor.slot.id, reason)] if actor.slot else [SlotFailed(actor.place, reason)]
+
+    def _raised(self, method: str, actor: _Actor, error: BaseException) -> list[Report]:
         """A method of an actor that lives raised: a slot that cannot be set up, or a full disk on the worker."""
+        reason = _said(error)
         if method == "run":
-            return self._ended(actor, RunResult(Outcome.LOST, reason))
+            return [*self._ended(actor, RunResult(Outcome.LOST, reason)), *self._retire(actor, reason)]
+        if method == "describe" and isinstance(error, OSError):
+            return self._retire(actor, reason)
         if method == "describe":
             self._remove(actor)
             self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
