@@ -63,6 +63,8 @@ MAX_FAILURES = 3
 MAX_LOST = 2  # runs in a row of a slot that lives: one less than what makes a study give a trial up
 RETRY_S = 30.0  # until a place is tried again whose disk was full, or which lost its runs
 REACH_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 1.0
+HEAD_PATIENCE_S = 30.0  # for a head that comes back with what it knew (Ray's fault tolerance with Redis)
 GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
 MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
@@ -356,6 +358,8 @@ class RayExecutor:
             self._local = _started(plan, (cpu_slots or _usable_cores()) * threads)
         else:
             _join(address)
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._head, self._silent_at = (host.strip("[]"), int(port)), 0.0
         remote: Any = ray.remote
         self._slot_class = remote(concurrency_groups={"control": 2, "give": 1, "fetch": 1})(_Slot)
 
@@ -420,7 +424,7 @@ class RayExecutor:
 
     def _poll(self, timeout_s: float) -> list[Report]:
         now = time.monotonic()
-        if now - self._nodes_at > NODES_EVERY_S:
+        if now - self._nodes_at > NODES_EVERY_S and self._head_answers():
             self._match_nodes()
         if now - self._progress_at > PROGRESS_EVERY_S:
             self._progress_at = now
@@ -436,9 +440,27 @@ class RayExecutor:
         for ref in ready:
             if ref in self._pending:  # a death earlier in this round may have settled it
                 reports += self._settle(ref)
-        if self._nodes_at == -math.inf:  # an actor died
+        if self._nodes_at == -math.inf and self._head_answers():  # an actor died
             self._match_nodes()  # now: a slot that comes back counts as starting, and not as gone
         return reports
+
+    def _head_answers(self) -> bool:
+        """Whether Ray's head is there. Ray itself would wait a minute for it, and then end this process.
+
+        Raises:
+            RuntimeError: It has not been there for too long.
+        """
+        self._nodes_at = time.monotonic()
+        try:
+            socket.create_connection(self._head, timeout=ANSWER_LIMIT_S).close()
+        except OSError:
+            self._silent_at = self._silent_at or self._nodes_at
+            if self._nodes_at - self._silent_at > HEAD_PATIENCE_S:
+                where = ":".join(map(str, self._head))
+                raise RuntimeError(f"its head at {where} has not answered for {HEAD_PATIENCE_S:g} s") from None
+            return False
+        self._silent_at = 0.0
+        return True
 
     def _match_nodes(self) -> None:
         """Makes the actors that are missing: a node may have come, an actor may have died."""

@@ -24,7 +24,7 @@ OBJECTIVE = """
 editable = ["score.py"]
 command = ["{python}", "score.py", "--seed", "{seed}"]
 metric = "score"
-timeout_s = 60
+timeout_s = 600
 """
 # Each kind of CPU has an optimum of its own, and each run leaves a daemon behind that somebody must end.
 PROGRAM = """
@@ -72,19 +72,21 @@ class Cluster(Bench):
 
     def settle(self, *, slots: int = 2) -> None:
         """Has the head and both kinds of machine run, whatever an earlier test has left of them."""
-        if self.bed.nodes() is None:
+        if self.bed.nodes() is None:  # a new head knows no nodes; those of the old one would wait for it for a minute
+            for host in self.bed.hosts.values():
+                host.stop_ray()
             self.bed.start_head()
+        for name, host in list(self.bed.hosts.items()):
+            if name not in ("alpha", "beta") or host.cut_off or host.frozen:
+                self.bed.power_off(name)
         for name, cpu, sees in (("alpha", "Toy Alpha", True), ("beta", "Toy Beta", False)):
             host = self.bed.hosts.get(name)
             if host is None:
                 self.bed.add(name, cpu=cpu, sees_study=sees, slots=slots)
             elif host.ip not in (self.bed.nodes() or {}):
                 host.start_ray()
-        self.wait_for_nodes("alpha", "beta")
-
-    def wait_for_nodes(self, *names: str) -> None:
-        ips = {self.bed.hosts[name].ip for name in names}
-        wait(lambda: ips <= set(self.bed.nodes() or {}))
+        ips = {host.ip for host in self.bed.hosts.values()}
+        wait(lambda: set(self.bed.nodes() or {}) >= ips)
 
     def running(self, host: str = "", name: str = "quick") -> dict[str, TrialStarted]:
         """Attempts in flight, by trial; those of one host."""
@@ -137,7 +139,7 @@ class Cluster(Bench):
         audit(toy)
         study = toy.replayed()
         assert not [state for state in study.trials.values() if state.outcome is Outcome.LOST], "given up"
-        assert {state.outcome for state in study.trials.values() if state.outcome} == {Outcome.MEASURED}
+        assert {state.outcome for state in study.trials.values() if state.outcome} <= {Outcome.MEASURED}
         for trial_id, state in study.trials.items():
             if state.measurement is None:
                 continue

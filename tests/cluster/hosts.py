@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
-PORT = 6379
+PORT = 20_000 + os.getpid() % 10_000  # Ray on the head takes a port for used when any process here names it
 LIMIT_S = 120.0
 DISK_MB = 300  # of a host: Ray's logs, and the trials that do not see the study's folder
 # A frozen or cut-off node is given up after some 5 s, instead of the minute that Ray takes by default.
@@ -81,6 +81,7 @@ class Host:
     own: str
     cable: str
     frozen: bool = False
+    cut_off: bool = False
 
     @property
     def disk(self) -> Path:
@@ -105,6 +106,10 @@ class Host:
         assert self.process.stdin is not None
         self.process.stdin.write(b"ray\n")
         self.process.stdin.flush()
+
+    def stop_ray(self) -> None:
+        """Ends Ray; what it has started ends by itself, or does not."""
+        _end(self.named("ray.scripts.scripts") + self.named("/raylet"))
 
     def power_off(self) -> None:
         """As a pulled plug: every process at once."""
@@ -168,10 +173,17 @@ class Bed:
         return [*RAY, "start", "--head", "--block", *options, "--object-store-memory", str(100 * 2**20)]
 
     def start_head(self) -> None:
-        assert self.switch.stdin is not None
-        self.switch.stdin.write(b"ray\n")
-        self.switch.stdin.flush()
-        _until(lambda: self.nodes() is not None)
+        """Starts it until it runs: Ray looks at all processes here, and refuses while those of an old head linger."""
+
+        def runs() -> bool:
+            if not self.head_processes("ray.scripts.scripts"):
+                assert self.switch.stdin is not None
+                self.switch.stdin.write(b"ray\n")
+                self.switch.stdin.flush()
+            time.sleep(1.0)
+            return self.nodes() is not None
+
+        _until(runs)
 
     def inside(self, *command: str, host: Host | None = None) -> list[str]:
         """A command as it runs on the head, or on a host."""
@@ -234,10 +246,12 @@ class Bed:
 
     def plug(self, host: Host) -> None:
         self.run("ip", "link", "set", host.cable, "master", "bridge", "up")
+        host.cut_off = False
 
     def unplug(self, host: Host) -> None:
         """Nothing gets through any more; neither end is told."""
         self.run("ip", "link", "set", host.cable, "nomaster")
+        host.cut_off = True
 
     def power_off(self, name: str) -> None:
         self.hosts.pop(name).power_off()
@@ -250,6 +264,7 @@ class Bed:
             "for node in nodes.values(): print(node.node_manager_address, node.node_id.hex(), node.state)"
         )
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            self.run("bash", "-c", f"exec 3<>/dev/tcp/10.77.0.1/{PORT}")  # Ray's client waits for long
             rows = [line.split() for line in self.run(sys.executable, "-c", code).splitlines()]
             return {row[0]: row[1] for row in rows if len(row) == 3 and row[2] == "0"}
         return None

@@ -20,6 +20,7 @@ from hosts import Bed, missing
 from session_kit import Session, until
 
 from raysearch.model import Outcome, SessionStarted
+from raysearch.study import Study
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -41,7 +42,7 @@ def cluster(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     path = bed.path / "shared" / f"t{len(list((bed.path / 'shared').iterdir()))}"
     path.mkdir()
     found = Cluster(path, [], bed=bed)
-    found.write(seconds=1.5)
+    found.write(seconds=2.5)
     found.settle()
     yield found
     for session in found.sessions:
@@ -49,15 +50,23 @@ def cluster(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Cluster]:
         session.process.wait()
 
 
-def busy(cluster: Cluster, *arguments: str, host: str = "") -> Session:
-    """A session that has both machines at work."""
-    session = cluster.search("--trials", "3", *arguments)
-    until(lambda: len(cluster.running("alpha")) == 2 and len(cluster.running("beta")) == 2, session, LIMIT_S)
+def busy(cluster: Cluster, host: str = "alpha", *, trials: int = 3) -> Session:
+    """A session with both slots of a host at work, and the other host too."""
+    session = cluster.search("--trials", str(trials))
+    until(lambda: len(cluster.running(host)) == 2 and len(cluster.running()) > 2, session, LIMIT_S)
     return session
+
+
+def sessions(cluster: Cluster) -> int:
+    return sum(isinstance(record.event, SessionStarted) for record in cluster.events())
 
 
 def ends_well(session: Session) -> None:
     assert session.ends(LIMIT_S) == 0, session.said()
+
+
+def all_done(study: Study, trials: int) -> bool:
+    return [lane.screens for lane in study.lanes.values()] == [trials, trials]
 
 
 def test_two_kinds_of_machine_have_a_profile_each_and_two_ratchets(cluster: Cluster):
@@ -101,34 +110,34 @@ def test_a_slot_that_is_killed_comes_back_and_its_run_is_run_again(cluster: Clus
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked to end"])
 def test_a_raylet_that_ends_takes_its_slots_along_and_the_machine_comes_back(cluster: Cluster, how: signal.Signals):
-    session = busy(cluster)
+    session = busy(cluster, trials=8)
     (raylet,) = [process for process in cluster.bed.hosts["alpha"].processes() if process.name() == "raylet"]
     raylet.send_signal(how)
-    until(lambda: cluster.outcomes()[Outcome.LOST] == 2, session)
+    until(lambda: cluster.outcomes()[Outcome.LOST], session)
     wait(lambda: not cluster.trees("alpha"))
     cluster.settle()
     ends_well(session)
-    cluster.audit(lost=2)
+    assert all_done(cluster.audit(lost=2).replayed(), 8)
 
 
 def test_a_machine_that_loses_power_is_replaced_by_another(cluster: Cluster):
-    session = busy(cluster)
+    session = busy(cluster, "beta", trials=8)
     cluster.bed.power_off("beta")
-    until(lambda: cluster.outcomes()[Outcome.LOST] == 2, session)
+    until(lambda: cluster.outcomes()[Outcome.LOST], session)
     cluster.settle()
     ends_well(session)
-    cluster.audit(lost=2)
+    assert all_done(cluster.audit(lost=2).replayed(), 8)
 
 
 def test_a_machine_that_is_cut_off_for_good_is_left_and_ends_its_runs_by_itself(cluster: Cluster):
-    cluster.write(seconds=30)
+    cluster.write(seconds=500)
     session = busy(cluster)
     alpha = cluster.bed.hosts["alpha"]
     cluster.bed.unplug(alpha)
     until(lambda: cluster.outcomes()[Outcome.LOST] == 2, session, LIMIT_S)
     wait(lambda: not cluster.trees("alpha"))
     session.process.terminate()
-    assert session.ends() == 130
+    assert session.ends() == 130, session.said()
     cluster.bed.power_off("alpha")
     cluster.audit(lost=2)
 
@@ -151,14 +160,13 @@ def test_a_machine_that_freezes_is_left_and_what_it_brings_later_is_not_taken(cl
     for name in stale:
         assert study.trials[name].attempt == 2
         assert study.trials[name].slot.startswith("alpha2:")
-    cluster.bed.power_off("alpha2")
 
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_coordinator_that_is_killed_goes_on_where_it_was(cluster: Cluster, times: int):
-    for _ in range(times):
+    for number in range(times):
         session = cluster.search("--trials", "4")
-        until(lambda: cluster.running("alpha") and cluster.running("beta"), session, LIMIT_S)
+        until(lambda number=number: number < sessions(cluster) and cluster.running(), session, LIMIT_S)
         session.process.kill()
         session.process.wait()
     before = cluster.events()
@@ -167,10 +175,14 @@ def test_a_coordinator_that_is_killed_goes_on_where_it_was(cluster: Cluster, tim
     cluster.audit(lost=0)
 
 
-def test_a_head_whose_gcs_dies_is_said_and_the_study_goes_on_with_the_next(cluster: Cluster):
+@pytest.mark.parametrize("back", ["later", "at once"])
+def test_a_head_whose_gcs_dies_is_said_and_the_study_goes_on_with_the_next(cluster: Cluster, back: str):
     session = busy(cluster)
     (gcs,) = cluster.bed.head_processes("gcs_server")
     gcs.kill()
+    if back == "at once":
+        wait(lambda: not cluster.bed.head_processes("ray.scripts.scripts"))
+        cluster.bed.start_head()
     assert session.ends(LIMIT_S) == 2, session.said()
     last = session.said().splitlines()[-1]
     assert last.startswith("raysearch: Ray is gone:"), session.said()
@@ -183,7 +195,7 @@ def test_a_head_whose_gcs_dies_is_said_and_the_study_goes_on_with_the_next(clust
 
 
 def test_a_machine_whose_disk_is_full_is_left_until_it_has_room(cluster: Cluster):
-    session = busy(cluster)
+    session = busy(cluster, "beta", trials=12)
     rest = cluster.bed.hosts["beta"].disk / "rest"
     with contextlib.suppress(OSError), rest.open("wb") as file:
         while True:
@@ -191,26 +203,25 @@ def test_a_machine_whose_disk_is_full_is_left_until_it_has_room(cluster: Cluster
     until(lambda: "a run needs" in session.said() and not cluster.running("beta"), session, LIMIT_S)
     rest.unlink()
     ends_well(session)
-    cluster.audit(lost=2)
-    assert session.said().count("slot beta:") >= 4  # joined and left
+    assert all_done(cluster.audit(lost=2).replayed(), 12)
+    assert session.said().count("joined as cpu") > 4
 
 
 def test_a_spot_notice_loses_no_more_than_the_runs_in_flight(cluster: Cluster):
-    session = busy(cluster)
+    session = busy(cluster, "beta", trials=8)
     beta = cluster.bed.hosts["beta"]
     cluster.bed.drain(beta, deadline_s=5)
     cluster.bed.add("beta2", cpu="Toy Beta", sees_study=False)
     until(lambda: cluster.running("beta2"), session, LIMIT_S)
     cluster.bed.power_off("beta")
     ends_well(session)
-    cluster.audit(lost=2)
-    cluster.bed.power_off("beta2")
+    assert all_done(cluster.audit(lost=2).replayed(), 8)
 
 
 def test_machines_join_and_leave_at_any_time(cluster: Cluster):
     cluster.bed.power_off("beta")
     wait(lambda: len(cluster.bed.nodes() or {}) == 2)
-    session = cluster.search("--trials", "6")
+    session = cluster.search("--trials", "12")
     until(lambda: cluster.running("alpha"), session, LIMIT_S)
     cluster.bed.add("beta", cpu="Toy Beta", sees_study=False)
     until(lambda: cluster.running("beta"), session, LIMIT_S)
@@ -234,7 +245,7 @@ def test_two_coordinators_never_drive_one_study(cluster: Cluster, where: str):
     assert "'quick' is driven by another coordinator" in line
     ends_well(session)
     cluster.audit(lost=0)
-    assert sum(isinstance(record.event, SessionStarted) for record in cluster.events()) == 1
+    assert sessions(cluster) == 1
 
 
 def test_a_cable_that_is_out_for_30_s_costs_time_and_no_run(tmp_path_factory: pytest.TempPathFactory):
