@@ -56,7 +56,8 @@ class Cluster(Bench):
     host: Host | None = None
 
     def command(self, *arguments: str) -> list[str]:
-        return self.bed.inside(*super().command(*arguments), host=self.host)
+        # another mount namespace begins in its root
+        return self.bed.inside("env", "--chdir", str(self.path), *super().command(*arguments), host=self.host)
 
     def environment(self) -> dict[str, str]:
         return os.environ | ENVIRONMENT

@@ -62,6 +62,16 @@ def missing() -> str | None:
     return None
 
 
+def named(processes: Iterable[psutil.Process], part: str) -> list[psutil.Process]:
+    """Those whose command line has a part."""
+    found: list[psutil.Process] = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            if part in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 @dataclass
 class Host:
     """A machine of the bed.
@@ -95,12 +105,7 @@ class Host:
 
     def named(self, part: str) -> list[psutil.Process]:
         """Its processes whose command line has a part."""
-        found: list[psutil.Process] = []
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                if part in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+        return named(self.processes(), part)
 
     def start_ray(self) -> None:
         assert self.process.stdin is not None
@@ -279,8 +284,8 @@ class Bed:
         )
 
     def head_processes(self, part: str) -> list[psutil.Process]:
-        found = psutil.Process(self.switch.pid).children(recursive=True)
-        return [process for process in found if part in " ".join(process.cmdline())]
+        """Those of the head whose command line has a part."""
+        return named(psutil.Process(self.switch.pid).children(recursive=True), part)
 
     def close(self) -> None:
         for name in list(self.hosts):

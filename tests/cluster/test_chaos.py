@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faulty import LIMIT_S, Cluster, wait
-from hosts import Bed, Host, missing
+from hosts import Bed, Host, missing, named
 from session_kit import Session
 
 from raysearch.model import Outcome, TrialFinished
@@ -186,11 +186,7 @@ class Chaos:
         self.after(3.0, lambda: self.put_back(host, lambda host: self.cluster.bed.power_off(host.name)))
 
     def kill_one(self, processes: list[psutil.Process], part: str) -> None:
-        found: list[psutil.Process] = []
-        for process in processes:
-            with contextlib.suppress(psutil.Error):
-                if part in " ".join(process.cmdline()):
-                    found.append(process)
+        found = named(processes, part)
         if found:
             with contextlib.suppress(psutil.Error):
                 self.dice.choice(found).kill()
