@@ -86,6 +86,14 @@ def test_each_end_has_its_outcome_and_reason(tmp_path: Path, program: str, outco
     assert reason in result.reason
 
 
+def test_a_program_that_fails_on_a_full_disk_is_not_to_blame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("raysearch.runner.LEAST_FREE_BYTES", 2**62)
+    result = run(tmp_path, "raise SystemExit(1)")
+    assert result.outcome is Outcome.LOST
+    assert "MiB left; a run needs" in result.reason
+    assert run(tmp_path, "print('score: 1')").outcome is Outcome.MEASURED
+
+
 def test_a_failure_keeps_the_last_lines_without_control_characters(tmp_path: Path):
     result = run(tmp_path, "for i in range(50): print(f'line {i}\\x1b[31m')\nraise SystemExit(1)")
     assert result.log_tail.splitlines()[-1] == "line 49[31m"

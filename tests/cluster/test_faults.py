@@ -257,14 +257,14 @@ def test_a_cable_that_is_out_for_30_s_costs_time_and_no_run(tmp_path_factory: py
     bed = Bed(path, with_patience)
     try:
         cluster = Cluster(path / "shared", [], bed=bed)
-        cluster.write(seconds=2)
+        cluster.write(seconds=4)
         cluster.settle()
-        session = busy(cluster)
+        session = busy(cluster, "beta")
         bed.unplug(bed.hosts["beta"])
         time.sleep(30)
         bed.plug(bed.hosts["beta"])
         ends_well(session)
-        cluster.audit(lost=2)
+        cluster.audit(lost=0)
     finally:
         bed.close()
         shutil.rmtree(path)
