@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check format lint types clean
+.PHONY: setup demo test cluster check format lint types clean
 
 setup: $(READY)
 
@@ -19,6 +19,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Several nodes on this machine, under faults: ten minutes, as root on Linux
+cluster: $(READY)
+	$(BIN)/python -m pytest -m cluster
 
 check: format lint types test
 

@@ -491,7 +491,7 @@ class Coordinator:
             total_limit_s=how.total_limit_s,
             threads=lane.profile.threads,
             niceness=self._config.slots.niceness,
-            out=str(self._folder.trials / trial.id),
+            out=str(self._folder.run(trial.id, command.attempt)),
             futile_above=trial.futile_above,
             waiting=how.waiting,
             withheld=self._config.key_names,
@@ -752,7 +752,7 @@ class Coordinator:
             return
         self._progress.pop(state.slot, None)
         for name, content in result.files.items():
-            target = self._folder.trials / trial_id / name
+            target = self._folder.run(trial_id, attempt) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         self._record(_finished(trial_id, attempt, result))
@@ -778,7 +778,7 @@ class Coordinator:
     def _recover(self) -> None:
         """Takes in results that a killed coordinator did not come to journal."""
         for trial_id, state in list(self._study.running.items()):
-            out = self._folder.trials / trial_id
+            out = self._folder.run(trial_id, state.attempt)
             result = read_result(out, metric=self._objective.metric, attempt=state.attempt)
             if result is not None and not result.outcome.is_infrastructure:
                 self._record(_finished(trial_id, state.attempt, result))

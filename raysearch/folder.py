@@ -53,6 +53,10 @@ class Folder:
         """What its runs left, a folder each."""
         return self.path / "trials"
 
+    def run(self, trial_id: str, attempt: int) -> Path:
+        """What one attempt left. Each has a folder of its own: a lost one may still write, out of everybody's reach."""
+        return self.trials / (trial_id if attempt == 1 else f"{trial_id}.{attempt}")
+
     @property
     def inbox(self) -> Path:
         """Patches dropped by people."""

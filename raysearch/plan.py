@@ -465,13 +465,22 @@ def _ending(study: Study, served: Sequence[Lane], asking: Asking, late: Set[str]
     over = [lane for lane in served if lane.blocked or lane.profile.slug in late or _is_full(study, lane)]
     if len(over) == len(served):
         limit = next((study.max_trials(lane) for lane in served if _is_full(study, lane)), None)
-        return [Finish("the time limit has passed" if limit is None else f"all {limit} trials are done")]
+        done = "the time limit has passed" if limit is None else f"all {limit} trials are done"
+        return [Finish(done + _left_behind(study, slugs))]
     stuck = [lane for lane in served if lane.refusals >= MOST_REFUSALS]
     if stuck and all(lane in stuck or lane in over for lane in served):
         slug = stuck[0].profile.slug
         reason = next(reason for proposal, reason in reversed(study.refused) if proposal.profile == slug)
         return [Finish(f"the last {MOST_REFUSALS} proposals for {slug} were all refused; the last one: {reason}")]
     return []
+
+
+def _left_behind(study: Study, served: Set[str]) -> str:
+    """What is said of profiles whose machines have left before they had all of their trials."""
+    away = [slug for slug, lane in study.lanes.items() if slug not in served and not lane.blocked]
+    short = [slug for slug in away if study.lanes[slug].open or not _is_full(study, study.lanes[slug])]
+    names = ", ".join(short)
+    return f"; not those of {names}, which has no slot now: start the study again when it has" if short else ""
 
 
 def _is_full(study: Study, lane: Lane) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import select
 import shutil
 import signal
@@ -30,11 +31,14 @@ LOG_BYTES = 2**20  # of an output, the end: what is searched for the metric, and
 RETURNED_BYTES = 64 * 2**20  # of any other file that is sent; a longer one is not
 CLOCK_TOLERANCE_S = 5.0
 LOOK_EVERY_S = 0.5
+LEAST_FREE_BYTES = 32 * 2**20  # of the disk that a run writes to; with less, its failure says nothing of the program
 STUDY_MARK = "RAYSEARCH_STUDY"
 SESSION_MARK = "RAYSEARCH_SESSION"
 SLOT_MARK = "RAYSEARCH_SLOT"
 RETURNED_FILES = ("run.log", "result.json", "curve.jsonl", "documents.npz", "exit.json")
 
+# What a program says whose child was killed: subprocess, torch's data loader, concurrent.futures.
+_CHILD_KILLED = re.compile(r"Signals\.SIGKILL|killed by signal: Killed|BrokenProcessPool")
 _EXIT_CODES = {3: Outcome.INVALID, 4: Outcome.OUT_OF_MEMORY}
 _FUTILE_EXIT = 5
 _INFRASTRUCTURE_EXIT = 2  # the harness could not run at all: no data, wrong usage
@@ -155,11 +159,17 @@ class Run:
         join(self._supervisor)
         result = read_result(self._out, metric=self._spec.metric, attempt=self._spec.attempt)
         if result is not None:
-            return result
+            return self._without_blame(result)
         # Nobody has ended the trial's tree. A process in waiting goes too: it bears the same marks, and costs seconds.
         sweep(self._spec.study, session=self._spec.session, slot=self._slot)
         said = log_tail(self._out / "supervisor.log")
         return RunResult(Outcome.LOST, f"its supervisor failed: {said.splitlines()[-1] if said else 'it was killed'}")
+
+    def _without_blame(self, result: RunResult) -> RunResult:
+        """A program that fails on a full disk is run again."""
+        failed = result.outcome in (Outcome.CRASHED, Outcome.INVALID)
+        full = full_disk(self._out) if failed else None
+        return dataclasses.replace(result, outcome=Outcome.LOST, reason=full) if full else result
 
     def _see_to_the_next(self, nursery: Nursery) -> None:
         """Has a process wait for the next trial as soon as this one trains: its start-up is over, and nothing is lost
@@ -179,6 +189,13 @@ class Run:
     def progress(self) -> dict[str, Any]:
         """What the program last said of itself (phase, progress 0 to 1, at); empty if nothing."""
         return _json_or_empty(self._out / "progress.json")
+
+
+def full_disk(folder: Path) -> str | None:
+    """Why nothing can be run in a folder: its disk is full. None if it is not."""
+    free_mib = shutil.disk_usage(folder).free // 2**20
+    least_mib = LEAST_FREE_BYTES // 2**20
+    return f"the disk of {folder} has {free_mib} MiB left; a run needs {least_mib}" if free_mib < least_mib else None
 
 
 def trial_environment(env: Mapping[str, str], spec: RunSpec, slot: str) -> dict[str, str]:
@@ -274,13 +291,23 @@ def _failure(code: int, out: Path) -> RunResult:
         return RunResult(Outcome.FUTILE, said, halfway=_numbers(result).get("halfway_bpb"))
     if code in _EXIT_CODES:
         return RunResult(_EXIT_CODES[code], said)
-    if code == _INFRASTRUCTURE_EXIT and not reason:
-        return RunResult(Outcome.LOST, f"it could not be run here: {said}")
-    if code == -signal.SIGKILL:
-        return RunResult(Outcome.CRASHED, "killed from outside; the machine may have run out of memory")
+    lost = _not_its_own_doing(code, said) if code != _INFRASTRUCTURE_EXIT or not reason else None
+    if lost:
+        return RunResult(Outcome.LOST, lost)
     if code < 0:
         return RunResult(Outcome.CRASHED, f"killed by signal {-code} ({signal.strsignal(-code)}); last line: {said}")
     return RunResult(Outcome.CRASHED, said)
+
+
+def _not_its_own_doing(code: int, said: str) -> str | None:
+    """Why an exit says nothing of the program, so that it is run again, though not for ever; None if it does."""
+    if code == _INFRASTRUCTURE_EXIT:
+        return f"it could not be run here: {said}"
+    if code == -signal.SIGKILL:  # whoever did it, perhaps the kernel for the sake of another
+        return "killed from outside; the machine may have run out of memory"
+    if code > 0 and _CHILD_KILLED.search(said):
+        return f"one of its processes was killed from outside: {said}"
+    return None
 
 
 def _measurement(result: Mapping[str, Any], value: float, wall_s: float) -> Measurement:

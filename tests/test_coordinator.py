@@ -16,6 +16,7 @@ from toy import PROGRAM, SIGMA, Toy, audit, cpu, gpu, true_score
 from raysearch import folder as folders
 from raysearch import objective
 from raysearch.errors import UserError
+from raysearch.executors import RunEnded
 from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
 from raysearch.model import Directed, Event, Measurement, Operator, Outcome, Purpose, Record, Verdict
@@ -155,6 +156,32 @@ def test_a_lost_slot_requeues_its_trial_without_a_new_one(tmp_path: Path):
     state = toy.study.trials[lost[0]]
     assert state.attempt == 2
     assert state.outcome is Outcome.MEASURED
+    audit(toy)
+
+
+def test_a_result_that_comes_after_its_run_was_given_up_is_left_out_and_lies_in_a_folder_of_its_own(tmp_path: Path):
+    stale: list[RunSpec] = []
+
+    def freeze_one(toy: Toy) -> None:
+        running = toy.executor.slots.get("slot1")
+        if not stale and running and running.running and "screen" in running.running.trial_id:
+            stale.append(running.running)
+            toy.executor.lose("slot1")
+        again = [spec for spec in toy.executor.started if stale and spec.trial_id == stale[0].trial_id]
+        if len(again) == 2 and len(stale) == 1:  # the second attempt is under way
+            stale.append(again[1])
+            toy.executor.say(RunEnded(stale[0].trial_id, 1, RunResult(Outcome.MEASURED, "", Measurement(-1.0, 1.0))))
+
+    toy = Toy(tmp_path / "s")
+    toy.drive(trials=6, meanwhile=freeze_one)
+    first, second = stale
+    state = toy.study.trials[first.trial_id]
+    assert (state.attempt, state.outcome) == (2, Outcome.MEASURED)
+    assert state.measurement is not None
+    assert state.measurement.value > 0
+    assert f"a result of {first.trial_id}, attempt 1, came too late" in toy.said.getvalue()
+    assert Path(first.out).parent == Path(second.out).parent
+    assert first.out != second.out
     audit(toy)
 
 

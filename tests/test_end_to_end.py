@@ -4,26 +4,18 @@ import json
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from toy import Toy, audit
+from session_kit import Bench, finished, in_flight, until
+from toy import audit
 
 from raysearch import leftovers
-from raysearch.config import StudyConfig, load_config
-from raysearch.folder import Folder
-from raysearch.journal import Journal
-from raysearch.model import Outcome, Record, SessionStarted, TrialFinished, TrialStarted
-from raysearch.runner import STUDY_MARK
+from raysearch.model import Outcome, SessionStarted, TrialFinished, TrialStarted
 from raysearch.study import Win
 
 OBJECTIVE = """
@@ -46,78 +38,6 @@ noise = random.Random(f"{sys.argv} {LR} {WIDTH} {DEPTH}").gauss(0, 0.01)
 score = 1 + 0.2 * (math.log10(LR) + 1) ** 2 + 0.05 * (math.log2(WIDTH) - 7) ** 2 + 0.02 * (DEPTH - 3) ** 2
 print(f"score: {score + noise}")
 """
-LIMIT_S = 90.0
-
-
-class OnDisk(Toy):
-    """A study that was driven by the command line, for `audit`."""
-
-    def config(self) -> StudyConfig:
-        return load_config(self.folder.config)
-
-
-@dataclass
-class Session:
-    """A `raysearch.run` in a process group of its own, as a shell starts it in a terminal."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-    def ends(self, limit_s: float = LIMIT_S) -> int:
-        return self.process.wait(limit_s)
-
-    def press_ctrl_c(self) -> None:
-        os.killpg(self.process.pid, signal.SIGINT)
-
-
-@dataclass
-class Bench:
-    """A folder of studies."""
-
-    path: Path
-    sessions: list[Session]
-
-    def start(self, *arguments: str) -> Session:
-        log = self.path / f"session{len(self.sessions)}.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "raysearch.run", *arguments],
-                cwd=self.path,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-        self.sessions.append(Session(process, log))
-        return self.sessions[-1]
-
-    def quick(self, *arguments: str) -> Session:
-        return self.start("--study", "quick", "--objective", "objective.toml", "--cpu-slots", "2", *arguments)
-
-    def call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "raysearch.run", *arguments]
-        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False, timeout=LIMIT_S)
-
-    def study(self, name: str) -> OnDisk:
-        return OnDisk(self.path / "studies" / name)
-
-    def events(self, name: str = "quick") -> list[Record]:
-        folder = Folder(self.path / "studies" / name)
-        if not folder.journal.exists():
-            return []
-        journal = Journal(folder.journal, writer=False)
-        try:
-            return list(journal.read())
-        finally:
-            journal.close()
-
-    def processes(self, name: str = "quick") -> list[int]:
-        """Of the study's trials, supervisors and Ray; the coordinator and the helper behind it bear no mark."""
-        token = Folder(self.path / "studies" / name).token.read_text()
-        return leftovers.marked(lambda marks: marks.get(STUDY_MARK) == token)
 
 
 @pytest.fixture
@@ -129,40 +49,6 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     for session in found.sessions:
         session.process.kill()
         session.process.wait()
-
-
-def until(holds: Callable[[], Any], session: Session, limit_s: float = LIMIT_S) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (found := holds()):
-        assert session.process.poll() is None, f"it ended; {session.said()}"
-        assert time.monotonic() < deadline, f"waited in vain; {session.said()}"
-        time.sleep(0.05)
-    return found
-
-
-def finished(events: list[Record]) -> dict[str, tuple[int, TrialFinished]]:
-    """Trials that ended by themselves, with the number of the event."""
-    return {
-        record.event.trial_id: (record.seq, record.event)
-        for record in events
-        if isinstance(record.event, TrialFinished) and not record.event.outcome.is_infrastructure
-    }
-
-
-def in_flight(events: list[Record]) -> dict[str, int]:
-    """Attempts that were started in the last session and have not ended."""
-    found: dict[str, int] = {}
-    for record in events:
-        match record.event:
-            case SessionStarted():
-                found.clear()
-            case TrialStarted(trial=trial, attempt=attempt):
-                found[trial.id] = attempt
-            case TrialFinished(trial_id=trial_id):
-                found.pop(trial_id, None)
-            case _:
-                pass
-    return found
 
 
 def test_a_study_of_the_real_trainer_that_is_killed_once_runs_to_its_end(bench: Bench, monkeypatch: pytest.MonkeyPatch):
@@ -189,10 +75,11 @@ def test_a_study_of_the_real_trainer_that_is_killed_once_runs_to_its_end(bench: 
         assert state.measurement is not None
         assert state.measurement.facts["total_tokens"] >= 16384
         assert state.measurement.parts_s["train"] > 0
-        assert json.loads((toy.folder.trials / name / "result.json").read_text())["val_bpb"] == state.measurement.value
+        left = toy.folder.run(name, state.attempt)
+        assert json.loads((left / "result.json").read_text())["val_bpb"] == state.measurement.value
         assert 1.0 < state.measurement.value < 8.0
-        left = {path.name for path in (toy.folder.trials / name).iterdir()}
-        assert {"run.log", "result.json", "curve.jsonl", "documents.npz"} <= left
+        names = {path.name for path in left.iterdir()}
+        assert {"run.log", "result.json", "curve.jsonl", "documents.npz"} <= names
         assert state.measurement.facts["matmul_tflops"] > 0  # of its slot, measured when that was set up
         assert state.measurement.facts["mfu_measured_percent"] > 0
     assert re.search(r"joined as cpu: .*, matmul [\d.]+ TFLOPS, copy \d+ GB/s", session.said())

@@ -307,6 +307,26 @@ def test_a_supervisor_that_is_killed_loses_its_run_and_the_slot_lives(ray_slots:
     assert ray_slots.ended("after").outcome is Outcome.MEASURED
 
 
+@pytest.mark.parametrize("how", ["its disk takes nothing", "it loses run after run"])
+def test_a_slot_that_cannot_run_trials_leaves_and_is_set_up_anew_after_a_while(
+    ray_slots: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    monkeypatch.setattr("raysearch.executors.ray.RETRY_S", 3.0)
+    slot = next(iter(ray_slots.slots))
+    if how == "its disk takes nothing":
+        ray_slots.executor.start(slot, ray_slots.spec("nowhere", out="/dev/null/nowhere"))
+        assert ray_slots.ended("nowhere").outcome is Outcome.LOST
+    else:
+        for name in ("first-loss", "second-loss"):
+            assert slot in ray_slots.slots
+            ray_slots.executor.start(slot, ray_slots.spec(name, command=("{python}", "-c", "raise SystemExit(2)")))
+            assert ray_slots.ended(name).outcome is Outcome.LOST
+    ray_slots.until(lambda: slot not in ray_slots.slots)
+    ray_slots.until(lambda: slot in ray_slots.slots)
+    ray_slots.executor.start(slot, ray_slots.spec(f"well-{len(how)}"))
+    assert ray_slots.ended(f"well-{len(how)}").outcome is Outcome.MEASURED
+
+
 def test_a_slot_reports_the_progress_of_its_trial(ray_slots: Bench):
     slot = next(iter(ray_slots.slots))
     ray_slots.executor.start(slot, ray_slots.spec("shown", "hang"))

@@ -923,12 +923,15 @@ def test_a_candidate_of_a_blocked_profile_waits_and_does_not_keep_the_study_from
     assert isinstance(command, Finish)
 
 
-def test_a_profile_without_slots_does_not_keep_a_study_from_ending():
+def test_a_profile_without_slots_does_not_keep_a_study_from_ending_but_is_named():
     told = ready(max_trials=1)
     told.add(ProfileAdded(GPU, BASE, "gpu program"))
     told.run(f"{told.candidate()}-screen", 2.0)
     told.conclude()
-    assert told.commands() == [Finish("all 1 trials are done")]
+    (command,) = told.commands()
+    assert command == Finish(
+        f"all 1 trials are done; not those of {GPU.slug}, which has no slot now: start the study again when it has"
+    )
     told.slots = (*TWO, Slot("g", GPU.slug))
     assert told.ids() == [f"{GPU.slug}-base-1@g"]
 

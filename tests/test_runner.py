@@ -18,6 +18,9 @@ from raysearch.runner import SESSION_MARK, SLOT_MARK, STUDY_MARK, Run, RunResult
 STUDY = f"test-study-{os.getpid()}"  # so that two runs of the tests do not sweep one another
 
 
+KILLS_ITS_CHILD = "import subprocess as s; s.run(['sh', '-c', 'kill -9 $$'], check=True)"
+
+
 def spec(program: str, **changes: object) -> RunSpec:
     fields: dict[str, object] = {
         "trial_id": "c0001-screen",
@@ -70,7 +73,8 @@ def test_last_printed_metric_is_the_measurement(tmp_path: Path):
         ("print('score: nan')", Outcome.INVALID, "no finite number"),
         ("import sys; print('too big'); sys.exit(4)", Outcome.OUT_OF_MEMORY, "too big"),
         ("import sys; print('not causal'); sys.exit(3)", Outcome.INVALID, "not causal"),
-        ("import os; os.kill(os.getpid(), 9)", Outcome.CRASHED, "killed from outside"),
+        ("import os; os.kill(os.getpid(), 9)", Outcome.LOST, "killed from outside"),
+        (KILLS_ITS_CHILD, Outcome.LOST, "killed from outside: subprocess.CalledProcessError"),
         ("import os; os.kill(os.getpid(), 11)", Outcome.CRASHED, "killed by signal 11 (Segmentation fault)"),
         ("import os; os.remove('../run.log')", Outcome.INVALID, "no finite number"),
         ("import sys; print('no data here'); sys.exit(2)", Outcome.LOST, "no data"),
@@ -80,6 +84,14 @@ def test_each_end_has_its_outcome_and_reason(tmp_path: Path, program: str, outco
     result = run(tmp_path, program)
     assert result.outcome is outcome
     assert reason in result.reason
+
+
+def test_a_program_that_fails_on_a_full_disk_is_not_to_blame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("raysearch.runner.LEAST_FREE_BYTES", 2**62)
+    result = run(tmp_path, "raise SystemExit(1)")
+    assert result.outcome is Outcome.LOST
+    assert "MiB left; a run needs" in result.reason
+    assert run(tmp_path, "print('score: 1')").outcome is Outcome.MEASURED
 
 
 def test_a_failure_keeps_the_last_lines_without_control_characters(tmp_path: Path):

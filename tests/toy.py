@@ -25,7 +25,16 @@ from raysearch.executors import Report, RunEnded, SlotInfo, SlotJoined, SlotLeft
 from raysearch.folder import Folder
 from raysearch.journal import Journal
 from raysearch.knobs import Value, read_knobs
-from raysearch.model import Measurement, Outcome
+from raysearch.model import (
+    Measurement,
+    Outcome,
+    ProfileAdded,
+    RatchetMoved,
+    Record,
+    SessionStarted,
+    TrialFinished,
+    TrialStarted,
+)
 from raysearch.profile import Hardware
 from raysearch.proposers import Idea, Proposer, Request
 from raysearch.proposers.prices import Purse
@@ -140,6 +149,10 @@ class ToyExecutor:
             lost = RunResult(Outcome.LOST, "its slot died")
             self._reports.append(RunEnded(slot.running.trial_id, slot.running.attempt, lost))
         self._reports.append(SlotLeft(slot_id, "it died"))
+
+    def say(self, report: Report) -> None:
+        """What comes with the next `poll`."""
+        self._reports.append(report)
 
     def cancel(self, trial_id: str) -> None:
         for slot in self.slots.values():
@@ -261,6 +274,13 @@ class Toy:
         finally:
             journal.close()
 
+    def records(self) -> list[Record]:
+        journal = Journal(self.folder.journal, writer=False)
+        try:
+            return list(journal.read())
+        finally:
+            journal.close()
+
     def repo(self) -> Ratchet:
         return Ratchet.open(self.folder.repo)
 
@@ -268,6 +288,7 @@ class Toy:
 def audit(toy: Toy) -> None:
     """What must hold of every study at every moment: journal and git agree, and no champion was not measured."""
     study, repo = toy.replayed(), toy.repo()
+    audit_journal(toy.records())
     for state in study.candidates.values():
         if not state.candidate.id.endswith("-base"):
             assert repo.resolve(f"refs/trials/{state.candidate.id}") == state.candidate.commit
@@ -284,6 +305,31 @@ def audit(toy: Toy) -> None:
             assert study.trials[f"{win.candidate}-pair1"].measurement is not None
             # judged against exactly what it stands on
             assert repo.changed(repo.parents(win.commit)[0], candidate.proposal.base) == []
+
+
+def audit_journal(records: list[Record]) -> None:
+    """Attempts follow one another, none ends twice, what ended by itself is never run again, ratchets go forward."""
+    attempts, in_flight, tips = dict[str, int](), dict[str, int](), dict[str, str]()
+    ended = set[str]()
+    for record in records:
+        match record.event:
+            case SessionStarted():
+                in_flight.clear()
+            case TrialStarted(trial=trial, attempt=attempt):
+                assert trial.id not in ended | in_flight.keys(), record
+                assert attempt == attempts.get(trial.id, 0) + 1, record
+                attempts[trial.id] = in_flight[trial.id] = attempt
+            case TrialFinished(trial_id=trial_id, attempt=attempt, outcome=outcome):
+                assert in_flight.pop(trial_id) == attempt, record
+                if not outcome.is_infrastructure:
+                    ended.add(trial_id)
+            case ProfileAdded(profile=profile, commit=commit):
+                tips[profile.slug] = commit
+            case RatchetMoved(profile=slug, commit=commit, previous=previous):
+                assert tips[slug] == previous, record
+                tips[slug] = commit
+            case _:
+                pass
 
 
 def ideas_of(proposer: Proposer, request: Request) -> list[Idea]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import glob
 import json
 import math
 import os
@@ -54,14 +56,18 @@ from raysearch.joining import Software, check_software, data_refusal, installed
 from raysearch.model import Outcome
 from raysearch.nursery import Nursery
 from raysearch.profile import Hardware
-from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, returned_files, sweep
+from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, full_disk, returned_files, sweep
 from raysearch.secrecy import without_secrets
 
 OBJECT_STORE_BYTES = 100 * 2**20  # results are small, and the machine may be
 NODES_EVERY_S = 5.0
 PROGRESS_EVERY_S = 1.0
 MAX_FAILURES = 3
+MAX_LOST = 2  # runs in a row of a slot that lives: one less than what makes a study give a trial up
+RETRY_S = 30.0  # until a place is tried again whose disk was full, or which lost its runs
 REACH_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 1.0
+HEAD_PATIENCE_S = 30.0  # for a head that comes back with what it knew (Ray's fault tolerance with Redis)
 GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
 MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
@@ -138,6 +144,9 @@ class _Slot:
         self._slot_id = f"{self._host}:{hardware.uuid[:12]}" if hardware.uuid else self._place
         # Of earlier sessions on this machine, and of an actor of this one that died here.
         sweep(self._plan.study, session=self._plan.session, slot=self._slot_id)
+        for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch())}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        _check_disk(tempfile.gettempdir())
         preset, data = "", None
         if self._plan.preset:
             presets = objective.load_presets()
@@ -168,7 +177,8 @@ class _Slot:
 
     def run(self, spec: RunSpec) -> RunResult:
         """Runs one attempt to its end."""
-        out = Path(spec.out) if self._shares_disk else Path(tempfile.mkdtemp(prefix="raysearch-")) / spec.trial_id
+        shares = self._shares_disk
+        out = Path(spec.out if shares else f"{tempfile.mkdtemp(prefix=self._scratch())}/{spec.trial_id}")
         env = dict(os.environ)
         if self._device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -185,11 +195,17 @@ class _Slot:
                 result = run.wait()
             finally:
                 self._run = None
-        if self._shares_disk:
+        if result.outcome is Outcome.LOST:
+            _check_disk(out)
+        if shares:
             return result
         files = returned_files(out)
         shutil.rmtree(out.parent, ignore_errors=True)
         return dataclasses.replace(result, files=files)
+
+    def _scratch(self) -> str:
+        """How the folders begin that this slot makes for trials; of what it leaves when it is killed, too."""
+        return f"raysearch-{self._plan.study[:12]}-{self._slot_id.replace('/', '-')}-"
 
     def progress(self) -> dict[str, Any]:
         """What the trial in flight says of itself."""
@@ -233,6 +249,12 @@ class _Slot:
                 except (RayError, UserError, OSError) as error:  # trials compile for themselves, as without it
                     said = _said(error)
         return said if wanted else "not wanted"
+
+
+def _check_disk(folder: str | Path) -> None:
+    full = full_disk(Path(folder))
+    if full:
+        raise OSError(errno.ENOSPC, full)
 
 
 def _asked(method: Any, *arguments: Any) -> Any:
@@ -309,6 +331,7 @@ class _Actor:
     device: str
     slot: SlotInfo | None = None
     running: RunSpec | None = None
+    lost: int = 0  # runs in a row, while it lived
 
 
 class RayExecutor:
@@ -337,6 +360,7 @@ class RayExecutor:
         self._hosts: dict[str, str] = {}  # by node
         self._labels: dict[str, tuple[str, int]] = {}  # by node: what it says that it is, and its GPUs
         self._failures: dict[tuple[str, str], int] = {}  # by node and place: how often it could not be set up there
+        self._retry_at: dict[str, float] = {}  # by place: when what was wrong there may have passed
         self._nodes_at = -math.inf
         self._progress_at = 0.0
         self._has_asked = False
@@ -346,6 +370,8 @@ class RayExecutor:
             self._local = _started(plan, (cpu_slots or _usable_cores()) * threads)
         else:
             _join(address)
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._head, self._silent_at = (host.strip("[]"), int(port)), 0.0
         remote: Any = ray.remote
         self._slot_class = remote(concurrency_groups={"control": 2, "give": 1, "fetch": 1})(_Slot)
 
@@ -424,7 +450,7 @@ class RayExecutor:
 
     def _poll(self, timeout_s: float) -> list[Report]:
         now = time.monotonic()
-        if now - self._nodes_at > NODES_EVERY_S:
+        if now - self._nodes_at > NODES_EVERY_S and self._head_answers():
             self._match_nodes()
         if now - self._progress_at > PROGRESS_EVERY_S:
             self._progress_at = now
@@ -440,9 +466,27 @@ class RayExecutor:
         for ref in ready:
             if ref in self._pending:  # a death earlier in this round may have settled it
                 reports += self._settle(ref)
-        if self._nodes_at == -math.inf:  # an actor died
+        if self._nodes_at == -math.inf and self._head_answers():  # an actor died
             self._match_nodes()  # now: a slot that comes back counts as starting, and not as gone
         return reports
+
+    def _head_answers(self) -> bool:
+        """Whether Ray's head is there. Ray itself would wait a minute for it, and then end this process.
+
+        Raises:
+            RuntimeError: It has not been there for too long.
+        """
+        self._nodes_at = time.monotonic()
+        try:
+            socket.create_connection(self._head, timeout=ANSWER_LIMIT_S).close()
+        except OSError:
+            self._silent_at = self._silent_at or self._nodes_at
+            if self._nodes_at - self._silent_at > HEAD_PATIENCE_S:
+                where = ":".join(map(str, self._head))
+                raise RuntimeError(f"its head at {where} has not answered for {HEAD_PATIENCE_S:g} s") from None
+            return False
+        self._silent_at = 0.0
+        return True
 
     def _match_nodes(self) -> None:
         """Makes the actors that are missing: a node may have come, an actor may have died."""
@@ -460,7 +504,9 @@ class RayExecutor:
         )
         for node in nodes:
             for place, device in self._places(node, use_gpus=use_gpus):
-                if place not in self._actors and self._failures.get((node["NodeID"], place), 0) < MAX_FAILURES:
+                usable = self._failures.get((node["NodeID"], place), 0) < MAX_FAILURES
+                waits = self._retry_at.get(place, -math.inf) > self._nodes_at
+                if usable and not waits and place not in self._actors:
                     self._make_actor(place, node["NodeID"], device)
 
     def _name_hosts(self, nodes: list[dict[str, Any]]) -> None:
@@ -504,11 +550,11 @@ class RayExecutor:
         except RayActorError as error:
             return self._bury(actor, _said(error))
         except (RayError, UserError) as error:
-            return self._raised(method, actor, _said(getattr(error, "cause", None) or error))
+            return self._raised(method, actor, getattr(error, "cause", None) or error)
         if method == "describe":
             return self._described(actor, value)
         if method == "run":
-            return self._ended(actor, value)
+            return self._came_back(actor, value)
         if method != "progress" or not value or actor.slot is None or actor.running is None:
             return []
         return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
@@ -522,7 +568,7 @@ class RayExecutor:
             return []
         against = data_refusal(found, plan.manifests.get(found.preset))
         if against is not None:
-            return self._raised("describe", actor, against)
+            return self._raised("describe", actor, UserError(against))
         if data:
             plan.manifests[found.preset] = data.manifest_sha256
         label, gpus = self._labels.get(actor.node, ("", 0))
@@ -550,10 +596,24 @@ class RayExecutor:
         spec, actor.running = actor.running, None
         return [RunEnded(spec.trial_id, spec.attempt, result)] if spec else []
 
-    def _raised(self, method: str, actor: _Actor, reason: str) -> list[Report]:
+    def _came_back(self, actor: _Actor, result: RunResult) -> list[Report]:
+        """A run of a slot that lives ended. A slot that loses all would take the whole line, faster than any other."""
+        actor.lost = actor.lost + 1 if result.outcome is Outcome.LOST else 0
+        reports = self._ended(actor, result)
+        return reports if actor.lost < MAX_LOST else [*reports, *self._retire(actor, result.reason)]
+
+    def _retire(self, actor: _Actor, reason: str) -> list[Report]:
+        self._remove(actor)
+        self._retry_at[actor.place] = time.monotonic() + RETRY_S
+        return [SlotLeft(actor.slot.id, reason)] if actor.slot else [SlotFailed(actor.place, reason)]
+
+    def _raised(self, method: str, actor: _Actor, error: BaseException) -> list[Report]:
         """A method of an actor that lives raised: a slot that cannot be set up, or a full disk on the worker."""
+        reason = _said(error)
         if method == "run":
-            return self._ended(actor, RunResult(Outcome.LOST, reason))
+            return [*self._ended(actor, RunResult(Outcome.LOST, reason)), *self._retire(actor, reason)]
+        if method == "describe" and isinstance(error, OSError):
+            return self._retire(actor, reason)
         if method == "describe":
             self._remove(actor)
             self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
