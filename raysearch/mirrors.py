@@ -78,10 +78,10 @@ def _checked(url: str) -> str:
 
 
 def _check_file_system(url: str) -> None:
-    from fsspec import registry  # noqa: PLC0415 # pyright: ignore[reportMissingTypeStubs]
+    import fsspec  # noqa: PLC0415 # pyright: ignore[reportMissingTypeStubs]
 
     try:
-        registry.get_filesystem_class(url.split("://", 1)[0])  # pyright: ignore[reportUnknownMemberType]
+        fsspec.get_filesystem_class(url.split("://", 1)[0])  # pyright: ignore[reportUnknownMemberType]
     except (ValueError, ImportError) as error:
         raise UserError(f"--mirror {url}: {error}; install what it needs, or mirror elsewhere") from None
 

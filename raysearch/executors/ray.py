@@ -1,8 +1,8 @@
 """Slots on Ray: one actor a GPU, or CPU slots where there is no GPU. It decides nothing about trials.
 
 The only `import ray` beside `proposers/tune.py` and `exporter.py`. Nothing is retried by Ray (`max_restarts=0,
-max_task_retries=0`): a dead actor is reported as a lost run and a slot that left, and a new actor is made while its node
-is alive.
+max_task_retries=0`): a dead actor is reported as a lost run and a slot that left, and a new actor is made while its
+node is alive.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
