@@ -39,7 +39,6 @@ class Exporter:
         self._series = {one: _made(one) for one in METRICS}
         for series in self._series.values():
             series.set_default_tags({STUDY: name})
-        self._put(metrics.so_far(study))
 
     def record(self, record: Record) -> None:
         """Counts an event that was just applied to the study."""

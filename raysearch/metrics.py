@@ -106,16 +106,10 @@ def figures(study: Study, slots: Sequence[Slot], *, metric: str) -> list[Sample]
     return found
 
 
-def so_far(study: Study) -> list[Sample]:
-    """What earlier sessions have counted: a study that goes on counts on. A trial that was lost counts as it ended."""
-    ended = Counter(
-        (state.trial.profile, state.outcome.value) for state in study.trials.values() if state.outcome is not None
-    )
-    return [Sample(TRIALS, labels, count) for labels, count in ended.items()]
-
-
 def news(study: Study, record: Record) -> Iterator[Sample]:
-    """What an event that was just applied to the study adds to counters and histograms."""
+    """What an event that was just applied to the study adds to counters and histograms, which count from zero in each
+    session: Ray's agent still shows those of a process that has ended, so that their sum is the whole.
+    """
     match record.event:
         case TrialFinished(trial_id=trial_id, outcome=outcome):
             yield Sample(TRIALS, (study.trials[trial_id].trial.profile, outcome.value), 1)

@@ -101,7 +101,7 @@ def _said(response: httpx.Response) -> httpx.Response:
             f"{response.url.host} refuses the token; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's "
             "(`ray get-auth-token` on the head shows it)"
         )
-    if response.status_code == 404:
+    if response.status_code in (404, 405):
         raise UserError(f"{response.url} is no job server of Ray's; name the port of its dashboard, {PORT} by default")
     if not response.is_success:
         raise UserError(f"{response.url.host} answers {response.status_code}: {clean(response.text, 200)}")
