@@ -6,6 +6,7 @@ time: a mirror that fails or hangs is said once and costs the study nothing. Not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import queue
@@ -30,7 +31,7 @@ EVERY_S = 60.0  # what is not urgent
 SHARE = 20.0  # a pass that takes a second is followed by this many without one
 PASS_LIMIT_S = 300.0
 END_LIMIT_S = 60.0  # for the last pass, when the study has ended
-PATIENCE_S = 2.0  # of whoever looks on, before that is said
+PATIENCE_S = 3.0  # of whoever looks on, before that is said
 LONGEST_PAUSE_S = 900.0
 NONE = "none"  # in place of a URL: no mirrors any more
 REFSPECS = tuple(f"refs/{name}:refs/{name}" for name in ("heads/main", "heads/ratchet/*", "trials/*"))
@@ -274,31 +275,32 @@ class _Mirror(threading.Thread):
             with self._condition:
                 if self._killed:
                     return "the study has ended"
-                self._process = subprocess.Popen(
-                    self._command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,  # Ctrl-C is for us, and no terminal can be asked for a password
-                    env=_environment(os.environ),
-                )
-            _, said = self._process.communicate(timeout=self._pass_limit_s)
-        except subprocess.TimeoutExpired:
-            self._end_process()
-            return f"not done within {self._pass_limit_s:g} s"
+                process = self._process = _started(self._command)
         except OSError as error:
             return f"{self._command[0]}: {error.strerror}"
-        return reason(said.decode(errors="replace")) if self._process.returncode else ""
+        with process:
+            try:
+                _, said = process.communicate(timeout=self._pass_limit_s)
+            except subprocess.TimeoutExpired:
+                self._end_process()
+                return f"not done within {self._pass_limit_s:g} s"
+        return reason(said.decode(errors="replace")) if process.returncode else ""
 
     def _end_process(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # its session: git has helpers
-        except ProcessLookupError:
-            return
-        process.wait()
+        if self._process is not None and self._process.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # its session: git has helpers
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for us, and no terminal can be asked for a password
+        env=_environment(os.environ),
+    )
 
 
 def reason(said: str) -> str:
