@@ -56,7 +56,7 @@ def ask(address: str, what: str, name: str, *, studies: Path | None) -> dict[str
             f"no Ray dashboard answers at {base} ({clean(str(error), 120) or type(error).__name__}); --address is its "
             f"HOST:PORT, {PORT} by default; `ray dashboard cluster.yaml` brings a cluster's to 127.0.0.1:{PORT}"
         ) from None
-    return _answer(text, base)
+    return found_in(text, base)
 
 
 def base_url(address: str) -> str:
@@ -108,7 +108,12 @@ def _said(response: httpx.Response) -> httpx.Response:
     return response
 
 
-def _answer(text: str, base: str) -> dict[str, Any]:
+def found_in(text: str, base: str) -> dict[str, Any]:
+    """The answer in what a job has printed.
+
+    Raises:
+        UserError: There is none, it is of another version, or it says what is wrong.
+    """
     line = next((line for line in text.splitlines() if line.startswith(MARK)), None)
     if line is None:
         said = clean((text.strip().splitlines() or ["nothing"])[-1], 200)
