@@ -25,6 +25,7 @@ MARK = "raysearch-answer: "
 LIMIT_S = 120.0
 POLL_S = 0.2
 REACH_LIMIT_S = 10.0
+ANSWER_LIMIT_S = 60.0  # for one request: a head whose cores are all busy takes its time
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for what `ray job submit` runs
 
 
@@ -49,7 +50,8 @@ def ask(address: str, what: str, name: str, *, studies: Path | None) -> dict[str
     command = ["python", "-m", "raysearch.run", "answer", what, name, *where]
     base = base_url(address)
     try:
-        with httpx.Client(base_url=base, headers=_headers(os.environ), timeout=REACH_LIMIT_S, trust_env=False) as head:
+        patience = httpx.Timeout(ANSWER_LIMIT_S, connect=REACH_LIMIT_S)
+        with httpx.Client(base_url=base, headers=_headers(os.environ), timeout=patience, trust_env=False) as head:
             text = _run(head, shlex.join(command))
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(

@@ -297,21 +297,39 @@ def test_what_was_mirrored_is_a_study_again_and_goes_on(
     assert len(again.study.trials) > before
 
 
-def test_a_study_that_was_killed_and_goes_on_mirrors_again(toy: Toy, remote: Path):
-    killed = Watched(toy.folder, remote)
-    killed.mirrors.record(MOVED)
-    killed.until(lambda: refs(remote) == refs(toy.folder.repo))
-    toy.drive(trials=16)  # of which this mirror hears nothing
-    assert refs(remote) != refs(toy.folder.repo)
-    journal = Journal(toy.folder.journal, writer=False)
-    (*_, last) = [record for record in journal.read() if type(record.event).__name__ == "SessionStarted"]
-    journal.close()
+class Killed(BaseException):
+    """As if the coordinator's process ended here."""
+
+
+def test_a_study_that_was_killed_and_goes_on_mirrors_again(remote: Path, tmp_path: Path):
+    def die(toy: Toy) -> None:
+        if toy.study.lanes and toy.study.lanes["cpu"].wins:
+            raise Killed
+
+    toy = Toy(tmp_path / "s")
+    with pytest.raises(Killed):
+        toy.drive(trials=20, meanwhile=die)  # of which no mirror hears
+    assert refs(remote) == {}
     watched = Watched(toy.folder, remote)
-    watched.mirrors.record(last)
-    watched.until(lambda: refs(remote) == refs(toy.folder.repo))
+    toy.onlookers = (watched.mirrors,)
+    toy.drive(trials=20)
     watched.mirrors.close()
-    killed.mirrors.close()
+    assert refs(remote) == refs(toy.folder.repo)
     assert watched.said == []
+    audit(toy)
+
+
+def test_a_study_does_not_wait_for_a_mirror_that_hangs(hanging: tuple[str, Path], tmp_path: Path):
+    url, called = hanging
+    toy = Toy(tmp_path / "s")
+    watched = Watched(toy.folder, url)
+    toy.onlookers = (watched.mirrors,)
+    assert toy.drive(trials=12) == "all 12 trials are done"
+    watched.until(called.exists)
+    watched.mirrors.close(limit_s=0.2)
+    assert toy.study.lanes["cpu"].wins
+    assert watched.said == [f"mirror {url} lacks the end of the study; the study's next session brings it there"]
+    audit(toy)
 
 
 # ---- what is a mirror, and when it is due ----

@@ -316,16 +316,18 @@ def test_a_job_that_is_stopped_ends_its_study_in_order(head: Head, job: Path, tm
     submitted = head.submit(job, "--study", "stopped", wait=False)
     found = re.search(r"raysubmit_\w+", submitted.stdout + submitted.stderr)
     assert found is not None
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     place = head.studies / "stopped"
     while not (place / "journal.db").exists() or not Toy(place).replayed().finished:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     status = head.call("-m", "raysearch.run", "status", "stopped", "--address", head.dashboard, "--json", cwd=tmp_path)
+    assert status.returncode == 0, status.stderr
     assert json.loads(status.stdout)["running"] is True
     stopped = head.call(*RAY, "job", "stop", found[0], cwd=tmp_path)
     assert stopped.returncode == 0, stopped.stderr
     status = head.call("-m", "raysearch.run", "status", "stopped", "--address", head.dashboard, "--json", cwd=tmp_path)
+    assert status.returncode == 0, status.stderr
     assert json.loads(status.stdout)["running"] is False
 
 

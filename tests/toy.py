@@ -18,7 +18,7 @@ from raysearch import folder as folders
 from raysearch.asker import Asker
 from raysearch.config import StudyConfig, parse_config
 from raysearch.console import Console
-from raysearch.coordinator import Coordinator, Session
+from raysearch.coordinator import Coordinator, Onlooker, Session
 from raysearch.errors import UserError
 from raysearch.executors import Report, RunEnded, SlotInfo, SlotJoined, SlotLeft
 from raysearch.folder import Folder
@@ -170,6 +170,7 @@ class Toy:
     program: str = PROGRAM
     proposer: Proposer | None = None
     preset: str = ""
+    onlookers: tuple[Onlooker, ...] = ()
     said: io.StringIO = field(default_factory=io.StringIO)
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
@@ -221,6 +222,7 @@ class Toy:
                 askers=[Asker(proposer, self.clock)],
                 console=Console(self.study, name="toy", metric="score", stream=self.said),
                 session=Session("toy", "session"),
+                onlookers=self.onlookers,
                 clock=self.clock,
             )
             return self.coordinator.run()
