@@ -82,8 +82,12 @@ _HEAD = click.option("--address", help="Ask the head of a cluster, by HOST:PORT 
 )
 @click.option("--baseline-runs", type=int, help="Runs of each profile's first program, for its noise.  [default: 3]")
 @click.option("--address", help="Ray cluster to join, `auto` for this machine's.  [default: start Ray here]")
-@click.option("--metrics-port", type=click.IntRange(1, 65535), help="Show metrics of a Ray started here at this port.")
-@click.option("--mirror", "mirrors", multiple=True, help="Git remote or fsspec URL for a copy; may be repeated; none.")
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), metavar="PORT", help="Where a Ray started here shows its metrics."
+)
+@click.option(
+    "--mirror", "mirrors", multiple=True, help="Git remote or fsspec URL for a copy, or none; may be repeated."
+)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="Which slots.  [default: GPUs, else CPU]")
 @click.option("--cpu-slots", type=int, help="CPU slots a machine.  [default: one a core]")
 @click.option("--threads", type=int, help="CPU threads of a trial on a CPU slot.  [default: 1]")
