@@ -119,6 +119,7 @@ class StudyConfig(_Section):
         models: Chat models; the keys of each are those of `proposers.endpoints.ChatModel`.
         agents: Coding agents by name; the keys of each are those of `proposers.agent_commands.CodingAgent`.
         prices: File of a user's own prices of models, else empty.
+        mirrors: Where copies of the study are kept: git remotes and fsspec URLs; see `mirrors`.
     """
 
     name: str
@@ -134,6 +135,7 @@ class StudyConfig(_Section):
     models: list[dict[str, Any]] = []
     agents: dict[str, dict[str, Any]] = {}
     prices: str = ""
+    mirrors: list[str] = []
 
     @model_validator(mode="after")
     def _knows_who_is_asked(self) -> StudyConfig:

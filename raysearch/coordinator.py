@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from raysearch import __version__, directions, duplicates, joining, objective, plan
 from raysearch.asker import Asking
@@ -40,6 +41,7 @@ from raysearch.model import (
     Proposed,
     Purpose,
     RatchetMoved,
+    Record,
     Refused,
     SessionEnded,
     SessionStarted,
@@ -91,6 +93,18 @@ class Session:
     wanted: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
+class Onlooker(Protocol):
+    """Is told what happens beside the console (metrics, mirrors), and keeps nobody waiting."""
+
+    def record(self, record: Record) -> None:
+        """An event was applied to the study."""
+        ...
+
+    def refresh(self, now: float, slots: Sequence[Slot]) -> None:
+        """A round of the loop is over: Unix time in seconds, and the slots that are there."""
+        ...
+
+
 class Coordinator:
     """Drives one study.
 
@@ -104,6 +118,7 @@ class Coordinator:
         askers: Each asks one proposer.
         console: Shows what happens.
         session: Of this run.
+        onlookers: Who else is told.
         purse: Of what proposers may cost in this session, its cap as the command line has it; what was spent in earlier
             ones is counted here. None where none costs anything.
         clock: Unix time in seconds.
@@ -121,6 +136,7 @@ class Coordinator:
         askers: Sequence[Asking],
         console: Console,
         session: Session,
+        onlookers: Sequence[Onlooker] = (),
         purse: Purse | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -134,6 +150,7 @@ class Coordinator:
         self._askers = {asker.name: asker for asker in askers}
         self._console = console
         self._session = session
+        self._onlookers = onlookers
         self._purse = purse if purse is not None else Purse(None)
         self._purse.count(study.spent_usd)
         self._max_usd = self._purse.limit_usd
@@ -252,6 +269,8 @@ class Coordinator:
             self._take_inbox()
         slots = self._slots_by_profile()
         self._console.refresh(self._clock(), slots=slots, progress=self._progress, draining=self._draining)
+        for onlooker in self._onlookers:
+            onlooker.refresh(self._clock(), slots)
 
     def _take_answers(self, asker: Asking) -> None:
         for answer in asker.answers():
@@ -273,6 +292,8 @@ class Coordinator:
         record = self._journal.append(event, seq=self._study.seq + 1, at=self._clock())
         self._study.apply(record)
         self._console.record(record)
+        for onlooker in self._onlookers:
+            onlooker.record(record)
 
     def _end(self, reason: str) -> str:
         self._record(SessionEnded(reason))

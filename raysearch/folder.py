@@ -18,7 +18,8 @@ from raysearch.ratchet import Ratchet
 from raysearch.study import InvalidTransition, Study
 
 LEAST_FREE_BYTES = 500 * 2**20
-CHANGEABLE = ("models", "agents", "prices")  # what a study may go on with others of, beside search.proposers
+CHANGEABLE = ("models", "agents", "prices", "mirrors")  # what may be others later, beside search.proposers
+RAY_PACKAGES = "runtime_resources"  # Ray's folder for what `ray job submit --working-dir` sends
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -155,6 +156,19 @@ def _check_same(config: StudyConfig, chosen: Mapping[str, Any], folder: Folder) 
                     f"{name} = {wanted!r}: study {folder.name!r} was started with {has!r}; "
                     "leave the option out to go on, or start another --study"
                 )
+
+
+def check_lasting(folder: Folder) -> None:
+    """Refuses the folder in which Ray keeps a job's working files: Ray deletes it.
+
+    Raises:
+        UserError: The study would lie there.
+    """
+    if RAY_PACKAGES in folder.path.parts:
+        raise UserError(
+            f"{folder.path} is in Ray's copy of the job's working folder, which Ray deletes; name a folder of the head "
+            "that stays: --studies /absolute/path, or RAYSEARCH_STUDIES where `ray start` was called"
+        )
 
 
 def check_space(folder: Folder) -> None:

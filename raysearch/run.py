@@ -16,9 +16,10 @@ import tomllib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from raysearch import __version__, folder, labels, objective, profile, programs
 from raysearch.config import StudyConfig, load_config, write_config
@@ -33,13 +34,22 @@ from raysearch.proposers.prices import Purse
 from raysearch.ratchet import Ratchet
 from raysearch.study import Study
 
+if TYPE_CHECKING:
+    from raysearch.report import StudyStatus  # draws with matplotlib
+
 BAD_INPUT = 2
 BLOCKED = 1
 STOPPED = 130
 
 _STUDIES = click.option(
-    "--studies", type=click.Path(path_type=Path), default=Path("studies"), show_default=True, help="Folder of studies."
+    "--studies",
+    type=click.Path(path_type=Path),
+    default=Path("studies"),
+    envvar="RAYSEARCH_STUDIES",
+    show_default=True,
+    help="Folder of studies; on a cluster, on its head.",
 )
+_HEAD = click.option("--address", help="Ask the head of a cluster, by HOST:PORT of Ray's dashboard (8265).")
 
 
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
@@ -74,6 +84,12 @@ _STUDIES = click.option(
 @click.option("--baseline-runs", type=int, help="Runs of each profile's first program, for its noise.  [default: 3]")
 @click.option("--address", help="Ray cluster to join, `auto` for this machine's.  [default: start Ray here]")
 @click.option("--want", "wants", multiple=True, help="PROFILE=SLOTS to have the cluster start; may be repeated.")
+@click.option(
+    "--metrics-port", type=click.IntRange(1, 65535), metavar="PORT", help="Where a Ray started here shows its metrics."
+)
+@click.option(
+    "--mirror", "mirrors", multiple=True, help="Git remote or fsspec URL for a copy, or none; may be repeated."
+)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), help="Which slots.  [default: GPUs, else CPU]")
 @click.option("--cpu-slots", type=int, help="CPU slots a machine.  [default: one a core]")
 @click.option("--threads", type=int, help="CPU threads of a trial on a CPU slot.  [default: 1]")
@@ -91,29 +107,76 @@ def cli(context: click.Context, /, **options: Any) -> None:
 @cli.command()
 @click.argument("study")
 @_STUDIES
-def report(study: str, studies: Path) -> None:
+@_HEAD
+@click.option("--into", type=click.Path(path_type=Path), help="With --address: folder for the files.  [STUDY-report]")
+@click.pass_context
+def report(context: click.Context, /, study: str, studies: Path, address: str | None, into: Path | None) -> None:
     """Write results.tsv, report.md and progress.png of STUDY, and print the summary."""
-    from raysearch import report as reports  # noqa: PLC0415 - draws with matplotlib
+    from raysearch import remote  # noqa: PLC0415 - httpx
 
-    place = folder.existing_folder(study, studies)
-    config, state, _ = _read(place)
-    written = reports.write_all(state, place.path, name=config.name, metric=config.objective.metric)
-    click.echo((place.path / "report.md").read_text())
+    if address is None:
+        written = _report(folder.existing_folder(study, studies))
+    else:
+        files = _asked(context, address, "report", study)["files"]
+        written = remote.unpack(files, into or Path(f"{Path(study).name}-report"))
+    summary = next(path for path in written if path.suffix == ".md")
+    click.echo(summary.read_text())
     click.echo(f"written: {', '.join(map(str, written))}", err=True)
 
 
 @cli.command()
 @click.argument("study")
 @_STUDIES
+@_HEAD
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def status(study: str, studies: Path, as_json: bool) -> None:
+@click.pass_context
+def status(context: click.Context, /, study: str, studies: Path, address: str | None, as_json: bool) -> None:
     """Print where STUDY stands, at any time."""
     from raysearch import report as reports  # noqa: PLC0415
 
-    place = folder.existing_folder(study, studies)
-    config, state, driven = _read(place)
-    found = reports.status(state, name=config.name, metric=config.objective.metric, now=time.time(), running=driven)
+    if address is None:
+        found = _status(folder.existing_folder(study, studies))
+    else:
+        found = _asked(context, address, "status", study)["status"]
     click.echo(json.dumps(found, indent=2) if as_json else reports.status_text(found))
+
+
+@cli.command(hidden=True)
+@click.argument("what", type=click.Choice(["status", "report"]))
+@click.argument("study")
+@_STUDIES
+def answer(what: str, study: str, studies: Path) -> None:
+    """Print in one line what `status` or `report` with --address wants to know."""
+    from raysearch import remote  # noqa: PLC0415 - httpx
+
+    try:
+        place = folder.existing_folder(study, studies.absolute())  # so that an error says which folder it is
+        found = {"status": _status(place)} if what == "status" else {"files": remote.packed(_report(place))}
+    except UserError as error:
+        found = {"error": str(error)}
+    click.echo(remote.answered(**found))
+
+
+def _report(place: Folder) -> list[Path]:
+    from raysearch import report as reports  # noqa: PLC0415 - draws with matplotlib
+
+    config, state, _ = _read(place)
+    return reports.write_all(state, place.path, name=config.name, metric=config.objective.metric)
+
+
+def _status(place: Folder) -> StudyStatus:
+    from raysearch import report as reports  # noqa: PLC0415
+
+    config, state, driven = _read(place)
+    return reports.status(state, name=config.name, metric=config.objective.metric, now=time.time(), running=driven)
+
+
+def _asked(context: click.Context, address: str, what: str, study: str) -> dict[str, Any]:
+    """What the head says; its own folder of studies, unless one was named here."""
+    from raysearch import remote  # noqa: PLC0415 - httpx
+
+    named = context.get_parameter_source("studies") is ParameterSource.COMMANDLINE
+    return remote.ask(address, what, study, studies=context.params["studies"] if named else None)
 
 
 @cli.command()
@@ -209,11 +272,14 @@ def _read(place: Folder) -> tuple[StudyConfig, Study, bool]:
 
 def search(options: Mapping[str, Any]) -> int:
     """Starts or continues a study; returns the exit code."""
-    from raysearch import minds  # noqa: PLC0415 - numpy; for a search alone
+    from raysearch import minds, remote  # noqa: PLC0415 - numpy and httpx; for a search alone
 
     _check_limits(options)
+    if options["address"] is None and remote.is_job(os.environ):
+        options = {**options, "address": "auto"}  # the cluster that it was submitted to
     _wanted(options)  # says now what it would say then
     place = folder.named_folder(options["name"], options["studies"])
+    folder.check_lasting(place)
     chosen = _chosen(options)
     config, is_new = folder.configure(place, chosen)
     program = programs.given(options["program"]) if options["program"] else programs.general() if is_new else None
@@ -249,9 +315,11 @@ def _say_who_is_asked(config: StudyConfig, before: StudyConfig, chosen: Mapping[
 
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the options say about the study itself, as `study.toml` has it."""
-    from raysearch import minds  # noqa: PLC0415 - numpy
+    from raysearch import minds, mirrors  # noqa: PLC0415 - numpy
 
     table: dict[str, Any] = {}
+    if options["mirrors"]:
+        table["mirrors"] = mirrors.chosen(options["mirrors"])
     if options["objective_file"]:
         table |= _objective_table(options["objective_file"])
     plain = {"preset": options["preset"], "dataset": options["dataset"]}
@@ -401,6 +469,8 @@ def _coordinate(
     from raysearch.console import Console  # noqa: PLC0415
     from raysearch.coordinator import Coordinator, Session  # noqa: PLC0415
     from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
+    from raysearch.exporter import Exporter  # noqa: PLC0415
+    from raysearch.mirrors import Mirrors  # noqa: PLC0415
 
     hours = options["hours"]
     deadline = time.time() + hours * 3600 if hours else None
@@ -420,8 +490,17 @@ def _coordinate(
     slots = config.slots
     console = Console(study, name=config.name, metric=task.metric)
     executor = RayExecutor(
-        plan, address=options["address"], device=slots.device, cpu_slots=slots.cpu_slots, threads=slots.threads
+        plan,
+        address=options["address"],
+        device=slots.device,
+        cpu_slots=slots.cpu_slots,
+        threads=slots.threads,
+        metrics_port=options["metrics_port"],
     )
+    # nobody knows the port of a Ray of our own that was given none
+    is_scraped = options["address"] is not None or options["metrics_port"] is not None
+    exporters = [Exporter(study, name=config.name, metric=task.metric)] if is_scraped else []
+    mirrors = Mirrors(place, config.mirrors, say=console.note)
     coordinator = Coordinator(
         folder=place,
         config=config,
@@ -432,6 +511,7 @@ def _coordinate(
         askers=[Asker(proposer, time.time) for proposer in proposers],
         console=console,
         session=session,
+        onlookers=[*exporters, mirrors],
         purse=purse,
     )
     _on_signal(signal.SIGINT, coordinator.interrupt)
@@ -442,6 +522,9 @@ def _coordinate(
     finally:
         console.close()
         executor.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            _on_signal(number, mirrors.give_up)
+        mirrors.close()
     click.echo(f"ended: {reason}", err=True)
     written = reports.write_all(study, place.path, name=config.name, metric=task.metric)
     found = reports.status(study, name=config.name, metric=task.metric, now=time.time(), running=False)

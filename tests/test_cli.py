@@ -68,6 +68,10 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
         (["--device", "tpu"], "tpu", "'auto', 'cuda', 'cpu'", ""),
         (["status", "nobody"], "'nobody'", "is not there", "raysearch --study NAME"),
         (["report", "nobody"], "'nobody'", "is not there", "raysearch --study NAME"),
+        (["--mirror", "nowhere.git"], "'nowhere.git'", "no git repository", "git init --bare"),
+        (["--mirror", "s4://bucket/s"], "s4://bucket/s", "Protocol not known", "mirror elsewhere"),
+        (["--mirror", "https://me:pw@host/s.git"], "https://…@host/s.git", "no password", "credential helper"),
+        (["--metrics-port", "0"], "0", "1<=x<=65535", ""),
         (["propose", "my.patch", "--why", "x"], "not clear", "none", "--study"),
     ],
 )
@@ -179,6 +183,19 @@ def test_a_study_has_the_directions_that_were_named_or_general_ones(capsys: pyte
     code, error = said(capsys, "--study", "s", "--address", "127.0.0.1:1")
     assert code == 2
     assert error.startswith("raysearch: program.md: frozen = 1: it must be a list of names")
+
+
+def test_mirrors_are_kept_and_may_be_others_later(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    url = f"file://{tmp_path}/copy"
+    there = tmp_path / "studies" / "s" / "study.toml"
+    for options, kept in (
+        (["--mirror", "git@host:s.git", "--mirror", url], ["git@host:s.git", url]),
+        ([], ["git@host:s.git", url]),
+        (["--mirror", url], [url]),
+        (["--mirror", "none"], []),
+    ):
+        said(capsys, "--objective", "objective.toml", "--study", "s", "--address", "127.0.0.1:1", *options)
+        assert folders.load_config(there).mirrors == kept
 
 
 def test_status_as_json_and_as_text(capsys: pytest.CaptureFixture[str], tmp_path: Path):

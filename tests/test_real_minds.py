@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from agent_stub import NEW, OLD, TOKENS_IN, a_home, configured, file_in, installed, stub_mind
-from test_end_to_end import OBJECTIVE, OnDisk
+from session_kit import OnDisk
+from test_end_to_end import OBJECTIVE
 from toy import audit
 
 from raysearch import economics
@@ -109,8 +110,8 @@ def test_a_real_agents_edit_is_run_in_a_study(tmp_path: Path, home: Path, name: 
 def test_nine_in_ten_answers_of_a_small_model_are_run(tmp_path: Path, model_url: str):
     model = {"name": "local", "base_url": model_url, "context_tokens": 12_000, "max_output_tokens": 800}
     lines = [f"{key} = {json.dumps(value)}" for key, value in model.items()]
-    (tmp_path / "minds.toml").write_text("\n".join(["[[models]]", *lines, "lines_only = true", "timeout_s = 300"]))
-    options = ("--minds", "minds.toml", "--proposers", "chat,tune", "--parallel", "1", "--trials", "40")
+    (tmp_path / "minds.toml").write_text("\n".join(["[[models]]", *lines, "lines_only = true", "timeout_s = 600"]))
+    options = ("--minds", "minds.toml", "--proposers", "chat", "--parallel", "1", "--trials", "20")
     chat = total(studied(tmp_path, *options, environ={}, limit_s=2800), "chat")
     print(chat)
     assert chat["proposals"] >= 10

@@ -19,7 +19,7 @@ from raysearch import minds
 from raysearch.asker import Asker
 from raysearch.config import StudyConfig, parse_config
 from raysearch.console import Console
-from raysearch.coordinator import Coordinator, Session
+from raysearch.coordinator import Coordinator, Onlooker, Session
 from raysearch.errors import UserError
 from raysearch.executors import Report, RunEnded, SlotInfo, SlotJoined, SlotLeft
 from raysearch.folder import Folder
@@ -199,6 +199,7 @@ class Toy:
     preset: str = ""
     max_usd: float | None = None
     wanted: dict[str, int] = field(default_factory=dict[str, int])
+    onlookers: tuple[Onlooker, ...] = ()
     study: Study = field(init=False)
     executor: ToyExecutor = field(init=False)
     askers: list[Asker] = field(init=False)
@@ -255,6 +256,7 @@ class Toy:
                 console=Console(self.study, name="toy", metric="score", stream=self.said),
                 session=Session("toy", "session", wanted=self.wanted),
                 purse=self.purse,
+                onlookers=self.onlookers,
                 clock=self.clock,
             )
             return self.coordinator.run()

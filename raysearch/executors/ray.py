@@ -1,7 +1,8 @@
 """Slots on Ray: one actor a GPU, or CPU slots where there is no GPU. It decides nothing about trials.
 
-The only `import ray` beside `proposers/tune.py`. Nothing is retried by Ray (`max_restarts=0, max_task_retries=0`): a
-dead actor is reported as a lost run and a slot that left, and a new actor is made while its node is alive.
+The only `import ray` beside `proposers/tune.py` and `exporter.py`. Nothing is retried by Ray (`max_restarts=0,
+max_task_retries=0`): a dead actor is reported as a lost run and a slot that left, and a new actor is made while its
+node is alive.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -285,7 +286,7 @@ class _LocalRay:
     A helper waits for the end behind a pipe: Ray's own agents outlive a killed driver by a minute.
     """
 
-    def __init__(self, plan: SlotPlan, cpus: int) -> None:
+    def __init__(self, plan: SlotPlan, cpus: int, metrics_port: int | None) -> None:
         self._folder = tempfile.mkdtemp(prefix="raysearch-", dir=_short_folder())
         self._helper = subprocess.Popen(
             [sys.executable, "-I", "-S", leftovers.__file__, SESSION_MARK, plan.session, self._folder],
@@ -308,6 +309,7 @@ class _LocalRay:
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     _temp_dir=self._folder,
+                    _metrics_export_port=metrics_port,
                     **QUIET,
                 )
         except BaseException:
@@ -343,13 +345,21 @@ class RayExecutor:
         device: `auto`, `cuda` or `cpu`.
         cpu_slots: CPU slots a machine; 0 for as many as it has cores.
         threads: CPU threads of a trial on a CPU slot.
+        metrics_port: Where a Ray that is started here shows metrics; None for any that is free.
 
     Raises:
         UserError: Ray cannot be reached or started.
     """
 
     def __init__(
-        self, plan: SlotPlan, *, address: str | None, device: str = "auto", cpu_slots: int = 0, threads: int = 1
+        self,
+        plan: SlotPlan,
+        *,
+        address: str | None,
+        device: str = "auto",
+        cpu_slots: int = 0,
+        threads: int = 1,
+        metrics_port: int | None = None,
     ) -> None:
         self._plan = dataclasses.replace(plan, datasets=dict(plan.datasets), manifests=dict(plan.manifests))
         self._device = device
@@ -367,7 +377,7 @@ class RayExecutor:
         self._local: _LocalRay | None = None
         if address is None:
             sweep(plan.study, session=plan.session)  # before anything of a killed session is read or run again
-            self._local = _started(plan, (cpu_slots or _usable_cores()) * threads)
+            self._local = _started(plan, (cpu_slots or _usable_cores()) * threads, metrics_port)
         else:
             _join(address)
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -640,9 +650,9 @@ class RayExecutor:
 # ---- Ray itself ----
 
 
-def _started(plan: SlotPlan, cpus: int) -> _LocalRay:
+def _started(plan: SlotPlan, cpus: int, metrics_port: int | None) -> _LocalRay:
     try:
-        return _LocalRay(plan, cpus)
+        return _LocalRay(plan, cpus, metrics_port)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise UserError(
             f"Ray cannot be started on this machine: {_said(error)}; free memory and disk, or join one with --address"
