@@ -111,7 +111,11 @@ def test_settings_and_objective_are_what_the_file_says():
 @pytest.mark.parametrize(
     ("text", "key", "known"),
     [
-        ("presett = 'cpu'", "presett", "name, preset, dataset, datasets, objective, budget, search, judge, slots"),
+        (
+            "presett = 'cpu'",
+            "presett",
+            "name, preset, dataset, datasets, manifests, objective, budget, search, judge, slots",
+        ),
         ("[judges]\nmax_pairs = 2", "judges", "search, judge, slots"),
         ("[objective]\nmetrics = 'x'", "objective.metrics", "kind, editable, protected, command, metric, direction"),
         ("[budget]\nminutes = 5", "budget.minutes", "known here: seconds, tokens;"),

@@ -77,7 +77,7 @@ def test_every_kind_of_event_is_read_back_the_same(tmp_path: Path, events: tuple
 
 
 def test_all_kinds_of_events_of_the_model_are_known():
-    assert len(KINDS) == 14
+    assert len(KINDS) == 15
     assert all(dataclasses.is_dataclass(kind) for kind in KINDS)
 
 

@@ -107,7 +107,7 @@ def test_a_real_agents_edit_is_run_in_a_study(tmp_path: Path, home: Path, name: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_nine_in_ten_answers_of_a_small_model_are_run(tmp_path: Path, model_url: str):
+def test_nine_in_ten_answers_of_a_small_model_parse_and_apply(tmp_path: Path, model_url: str):
     model = {"name": "local", "base_url": model_url, "context_tokens": 12_000, "max_output_tokens": 800}
     lines = [f"{key} = {json.dumps(value)}" for key, value in model.items()]
     (tmp_path / "minds.toml").write_text("\n".join(["[[models]]", *lines, "lines_only = true", "timeout_s = 600"]))
@@ -115,8 +115,7 @@ def test_nine_in_ten_answers_of_a_small_model_are_run(tmp_path: Path, model_url:
     chat = total(studied(tmp_path, *options, environ={}, limit_s=2800), "chat")
     print(chat)
     assert chat["proposals"] >= 10
-    assert chat["usable"] is not None
-    assert chat["usable"] >= 0.9
+    assert chat["proposals"] >= 9 * chat["dropped"]
 
 
 @pytest.mark.slow

@@ -321,6 +321,7 @@ def test_ours_and_a_reference_stand_in_one_table_with_a_run_at_the_references_to
     assert read_knobs(written.read_text())["TOTAL_BATCH_SIZE"].value == 512
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_or_hangs_is_a_row_with_its_reason_and_the_others_go_on(data: Path, tmp_path: Path):
     broken = ours(tmp_path, "broken", "raise ValueError('no luck')")
     hanging = ours(tmp_path, "hanging", "time.sleep(600)")
@@ -346,6 +347,7 @@ TOGETHER = """mine, other = map(pathlib.Path, {names!r}); mine.touch()
         time.sleep(0.02)"""
 
 
+@pytest.mark.slow
 def test_runs_share_no_gpu_and_run_side_by_side_on_several(data: Path, tmp_path: Path):
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
     alone = ours(tmp_path, "alone", ALONE.format(place=here))
@@ -363,6 +365,7 @@ COUNT = """folder = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]); folder.
     (folder / "compiled").touch()"""
 
 
+@pytest.mark.slow
 def test_a_cold_run_has_empty_caches_and_others_share_them(data: Path, tmp_path: Path):
     counting = ours(tmp_path, "counting", COUNT)
     rows, done = compared(data, tmp_path / "cold", counting, counting, "--budget-s", "0.1", "--cold")
