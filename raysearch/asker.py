@@ -86,8 +86,13 @@ class AnyAsker:
         self.name = proposer.name
         self.wants_brief = proposer.wants_brief
         self.proposer = proposer
-        self.standing = Standing(proposer.name, proposer.parallel)
+        self.standing = Standing(proposer.name, proposer.parallel, one_by_one=proposer.one_by_one)
         self._clock = clock
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each ask is for one proposal."""
+        return self.proposer.one_by_one or self.proposer.parallel > 1
 
     def pace(self, profile: str) -> Pace:
         """How the proposer stands to a profile."""
@@ -106,8 +111,8 @@ class AnyAsker:
         return self.standing.notes()
 
     def parts(self, request: Request) -> list[Request]:
-        """A request as it is asked: one by one where the proposer works on several at once. It counts as asked."""
-        parts = [request] if self.proposer.parallel == 1 else [replace(request, count=1)] * request.count
+        """A request as it is asked: one by one where an answer takes long. It counts as asked."""
+        parts = [replace(request, count=1)] * request.count if self.one_by_one else [request]
         for part in parts:
             self.standing.asked(part.profile, part.count)
         return parts
@@ -243,7 +248,7 @@ class Asker(AnyAsker):
         self._broken: SimpleQueue[str] = SimpleQueue()
         self._lock = threading.Lock()  # an ask ends or is given up, never both
         self._threads = _Threads(self.name, proposer.parallel)
-        self._tells = self._threads if proposer.parallel == 1 else _Threads(f"{self.name}-tell", 1)
+        self._tells = _Threads(f"{self.name}-tell", 1) if self.one_by_one else self._threads
 
     def in_flight(self) -> bool:
         """Whether an answer may come at any moment; of one who takes minutes nobody expects that."""

@@ -25,6 +25,7 @@ class Pace:
     Attributes:
         asked: Proposals that are on their way.
         parallel: Asks that it works on at once, for all profiles together.
+        one_by_one: Whether each ask is for one proposal.
         places: How many may be on their way: as many, or one to see whether it has recovered.
         proposal_s: Seconds of asking for one proposal, what came to nothing included; 0 before anything came.
         rests: Whether it is not to be asked now.
@@ -34,6 +35,7 @@ class Pace:
 
     asked: int = 0
     parallel: int = 1
+    one_by_one: bool = False
     places: int = 1
     proposal_s: float = 0.0
     rests: bool = False
@@ -81,11 +83,13 @@ class Standing:
     Args:
         name: Its name.
         parallel: Asks that it works on at once.
+        one_by_one: Whether each ask is for one proposal.
     """
 
-    def __init__(self, name: str, parallel: int) -> None:
+    def __init__(self, name: str, parallel: int, *, one_by_one: bool = False) -> None:
         self._name = name
         self._parallel = parallel
+        self._one_by_one = one_by_one or parallel > 1
         self._lines: dict[str, _Line] = {}
         self._breaker = Breaker()
         self._retired = ""
@@ -197,6 +201,7 @@ class Standing:
         return Pace(
             asked=line.asked,
             parallel=self._parallel,
+            one_by_one=self._one_by_one,
             places=1 if breaks else self._parallel,
             proposal_s=(self._seconds or 0.0) / max(LEAST_YIELD, self._ideas),
             rests=bool(self._retired) or tried or now < self.ready_at(profile),

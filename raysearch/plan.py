@@ -407,7 +407,7 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
 def _count(pace: Pace, *, wanted: int, most: int | None, present: int, share: float) -> int:
     """How many proposals it is worth to ask for now; for none if it is not positive."""
     count = wanted if most is None else min(wanted, most)
-    if pace.parallel > 1:  # each is an ask of its own
+    if pace.one_by_one:
         return min(count, max(1, round(pace.places * share)) - pace.asked)
     if pace.asked:
         return 0
@@ -428,7 +428,7 @@ def _left(study: Study, lane: Lane, asking: Asking) -> int | None:
 
 def _is_quick(pace: Pace, lane: Lane, slots: int) -> bool:
     """Whether a proposer makes proposals faster than the slots can take them."""
-    return pace.parallel == 1 and pace.proposal_s * slots <= (lane.wall_s or math.inf)
+    return not pace.one_by_one and pace.proposal_s * slots <= (lane.wall_s or math.inf)
 
 
 def _ahead(pace: Pace, lane: Lane, slots: int) -> int:
@@ -454,7 +454,7 @@ def _ending(study: Study, served: Sequence[Lane], asking: Asking, late: Set[str]
     slugs = {lane.profile.slug for lane in served}
     # answers that take their time are not waited for after the time limit, with slots that idle
     waited = (
-        pace.asked for (slug, _), pace in asking.items() if slug in slugs and (slug not in late or pace.parallel == 1)
+        pace.asked for (slug, _), pace in asking.items() if slug in slugs and not (slug in late and pace.one_by_one)
     )
     if not served or any(waited) or any(lane.open and not lane.blocked for lane in served):
         return []

@@ -139,7 +139,7 @@ class Gated(Proposer):
     """A proposer whose asks wait for a gate; all else is the proposer's own."""
 
     def __init__(self, proposer: Proposer) -> None:
-        self.name, self.parallel = proposer.name, proposer.parallel
+        self.name, self.parallel, self.one_by_one = proposer.name, proposer.parallel, proposer.one_by_one
         self.proposer = proposer
         self.gate = threading.Event()
         self.told = threading.Event()

@@ -239,6 +239,21 @@ def test_a_tell_does_not_wait_behind_asks_that_take_their_time(ponder: Ponder):
     assert asker.answers() == []
 
 
+def test_the_first_of_several_does_not_wait_for_the_others_where_one_is_worked_on_at_a_time(ponder: Ponder):
+    _, proposer, _ = ponder([IDEA], [IDEA], parallel=1)
+    proposer.one_by_one = True
+    asker = Asker(proposer, Clock(1000.0))
+    asker.ask(replace(REQUEST, count=2))
+    begun(proposer, 0)
+    asker.tell(lambda: Told("cpu", {}, Outcome.MEASURED, 1.0))
+    assert proposer.heard.wait(WAIT_S)
+    proposer.gates[0].set()
+    assert answered(asker).ideas == [IDEA]
+    begun(proposer, 1)
+    assert proposer.requests == [replace(REQUEST, count=1)] * 2
+    assert asker.pace("cpu").one_by_one
+
+
 # ---- asks that hang ----
 
 

@@ -545,6 +545,7 @@ MIND = ("mind", "tune")
 
 
 def slow(proposal_s: float = 0.0, *, asked: int = 0, parallel: int = 32, **others: Any) -> Pace:
+    others = {"one_by_one": parallel > 1, **others}
     return Pace(asked=asked, parallel=parallel, places=parallel, proposal_s=proposal_s, **others)
 
 
@@ -615,6 +616,14 @@ def test_who_answers_one_by_one_and_late_is_slow_as_well():
     assert counts(told) == {"tune": 32}
     told.asking = {("cpu", "local"): slow(TRIAL_S / 99, parallel=1, asked=1)}
     assert counts(told) == {"tune": 4}  # the first one keeps the line
+
+
+def test_who_is_asked_one_by_one_is_asked_for_one_however_many_are_wanted():
+    told = ready(slots=SIXTEEN, proposers=("local", "tune"))
+    told.asking = {("cpu", "local"): slow(TRIAL_S, parallel=1, one_by_one=True)}
+    assert counts(told) == {"local": 1, "tune": 32}
+    told.asking = {("cpu", "local"): slow(TRIAL_S, parallel=1, asked=1, one_by_one=True)}
+    assert counts(told) == {"tune": 32}
 
 
 @pytest.mark.parametrize("failing", [{"trouble": "no connection"}, {"is_out": True}])

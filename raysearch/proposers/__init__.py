@@ -123,9 +123,10 @@ class Proposer(Protocol):
 
     Attributes:
         name: As in `--proposers`, and in every proposal.
-        parallel: Asks that it works on at once; several only where one answer takes long. `ask` and `tell` of a
-            proposer with 1 are called from one thread; of any other from several, at the same time, and each ask is
-            for one proposal.
+        parallel: Asks that it works on at once; several only where one answer takes long.
+        one_by_one: Whether each ask is for one proposal, as it always is where several are worked on at once: of one
+            that takes minutes for each, the first is not to wait for the others. `ask` and `tell` of all other
+            proposers are called from one thread, of these from several, at the same time.
         limit_s: Seconds after which an ask is given up: it may go on beside those that come after it, and of what it
             still gives only the cost counts. A proposer that can end its own work does so before that.
         wants_brief: Whether requests carry a brief.
@@ -133,6 +134,7 @@ class Proposer(Protocol):
 
     name: str
     parallel: int = 1
+    one_by_one: bool = False
     limit_s: float = 600.0
     wants_brief: bool = False
 

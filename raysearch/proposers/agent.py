@@ -107,6 +107,7 @@ class AgentProposer(Proposer):
         UserError: Its program is not on PATH.
     """
 
+    one_by_one = True
     wants_brief = True
 
     def __init__(

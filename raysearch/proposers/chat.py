@@ -122,6 +122,7 @@ class ChatProposer(Proposer):
     """
 
     name = "chat"
+    one_by_one = True
     wants_brief = True
 
     def __init__(
