@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 from agent_stub import NEW, OLD, TOKENS_IN, a_home, configured, file_in, installed, stub_mind
-from session_kit import OnDisk
+from session_kit import Bench, OnDisk
 from test_end_to_end import OBJECTIVE
 from toy import audit
 
 from raysearch import economics
 from raysearch.economics import YieldStatus
-from raysearch.model import Outcome
+from raysearch.model import Dropped, Outcome
 from raysearch.study import Study
 
 PROGRAM = """\
@@ -110,12 +110,19 @@ def test_a_real_agents_edit_is_run_in_a_study(tmp_path: Path, home: Path, name: 
 def test_nine_in_ten_answers_of_a_small_model_parse_and_apply(tmp_path: Path, model_url: str):
     model = {"name": "local", "base_url": model_url, "context_tokens": 12_000, "max_output_tokens": 800}
     lines = [f"{key} = {json.dumps(value)}" for key, value in model.items()]
-    (tmp_path / "minds.toml").write_text("\n".join(["[[models]]", *lines, "lines_only = true", "timeout_s = 600"]))
+    (tmp_path / "minds.toml").write_text(
+        "\n".join(["[[models]]", *lines, "lines_only = true", "temperature = 1.0", "timeout_s = 600"])
+    )
     options = ("--minds", "minds.toml", "--proposers", "chat", "--parallel", "1", "--trials", "20")
     chat = total(studied(tmp_path, *options, environ={}, limit_s=2800), "chat")
-    print(chat)
+    reasons = [
+        record.event.reason
+        for record in Bench(tmp_path, []).events("s")
+        if isinstance(record.event, Dropped) and "already tried" not in record.event.reason  # that one did apply
+    ]
+    print(chat, reasons)
     assert chat["proposals"] >= 10
-    assert chat["proposals"] >= 9 * chat["dropped"]
+    assert len(reasons) <= 0.1 * (chat["proposals"] + chat["dropped"])
 
 
 @pytest.mark.slow
