@@ -21,6 +21,26 @@ from raysearch.journal import Journal
 from raysearch.model import Record, SessionStarted, TrialFinished, TrialStarted
 from raysearch.runner import STUDY_MARK
 
+OBJECTIVE = """
+[objective]
+editable = ["score.py"]
+command = ["{python}", "score.py", "--seed", "{seed}"]
+metric = "score"
+timeout_s = 30
+"""
+PROGRAM = """
+import math, random, sys, time
+
+LR = 0.003  # in [0.0001, 1.0] log: step size
+WIDTH = 64  # in {16, 32, 64, 128, 256}: units
+DEPTH = 6  # in [1, 12]: layers
+SECONDS = 0.7
+
+time.sleep(SECONDS)
+noise = random.Random(f"{sys.argv} {LR} {WIDTH} {DEPTH}").gauss(0, 0.01)
+score = 1 + 0.2 * (math.log10(LR) + 1) ** 2 + 0.05 * (math.log2(WIDTH) - 7) ** 2 + 0.02 * (DEPTH - 3) ** 2
+print(f"score: {score + noise}")
+"""
 LIMIT_S = 90.0
 
 

@@ -11,33 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from session_kit import Bench, finished, in_flight, until
+from session_kit import OBJECTIVE, PROGRAM, Bench, finished, in_flight, until
 from toy import audit
 
 from raysearch import leftovers
 from raysearch.model import Outcome, SessionStarted, TrialFinished, TrialStarted
 from raysearch.study import Win
-
-OBJECTIVE = """
-[objective]
-editable = ["score.py"]
-command = ["{python}", "score.py", "--seed", "{seed}"]
-metric = "score"
-timeout_s = 30
-"""
-PROGRAM = """
-import math, random, sys, time
-
-LR = 0.003  # in [0.0001, 1.0] log: step size
-WIDTH = 64  # in {16, 32, 64, 128, 256}: units
-DEPTH = 6  # in [1, 12]: layers
-SECONDS = 0.7
-
-time.sleep(SECONDS)
-noise = random.Random(f"{sys.argv} {LR} {WIDTH} {DEPTH}").gauss(0, 0.01)
-score = 1 + 0.2 * (math.log10(LR) + 1) ** 2 + 0.05 * (math.log2(WIDTH) - 7) ** 2 + 0.02 * (DEPTH - 3) ** 2
-print(f"score: {score + noise}")
-"""
 
 
 @pytest.fixture

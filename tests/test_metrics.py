@@ -14,8 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from histories import realistic
-from session_kit import Bench
-from test_end_to_end import OBJECTIVE, PROGRAM
+from session_kit import OBJECTIVE, PROGRAM, Bench
 from told import Told
 
 from raysearch import metrics

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 from agent_stub import NEW, OLD, TOKENS_IN, a_home, configured, file_in, installed, stub_mind
-from session_kit import Bench, OnDisk
-from test_end_to_end import OBJECTIVE
+from session_kit import OBJECTIVE, Bench, OnDisk
 from toy import audit
 
 from raysearch import economics
