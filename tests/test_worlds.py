@@ -53,6 +53,7 @@ class Shape:
         lockstep: Whether most runs end together, as those of one budget do.
         slow: The proposer that takes longer than a trial for a proposal, or none.
         parallel: Asks that it works on at once.
+        one_by_one: Whether each of them is for one proposal.
     """
 
     settings: Settings
@@ -65,10 +66,12 @@ class Shape:
     lockstep: bool
     slow: str = ""
     parallel: int = 1
+    one_by_one: bool = False
 
 
 def random_shape(chance: random.Random) -> Shape:
     slugs = ("cpu", GPU.slug)[: chance.choice((1, 1, 2))]
+    parallel = chance.choice((1, 2, 8))
     slots = tuple(Slot(f"{slug}{number}", slug) for slug in slugs for number in range(chance.randint(1, 8)))
     rules = judge.Rules(
         screen_probability=chance.choice((0.1, 0.3, 0.6)),
@@ -93,7 +96,8 @@ def random_shape(chance: random.Random) -> Shape:
         failures=chance.choice((0.0, 0.1, 0.4)),
         drifting=chance.choice(("", *(slot.id for slot in slots))),
         slow=chance.choice(("", "tune", "agent")),
-        parallel=chance.choice((1, 2, 8)),
+        parallel=parallel,
+        one_by_one=parallel > 1 or chance.random() < 0.5,
         lockstep=chance.random() < 0.4,
     )
 
@@ -151,6 +155,7 @@ class World:
             (slug, name): Pace(
                 asked=sum(count for count, _ in self.asking.get((slug, name), ())),
                 parallel=self.shape.parallel if name == slow else 1,
+                one_by_one=self.shape.one_by_one and name == slow,
                 places=self.shape.parallel if name == slow else 1,
                 proposal_s=7.0 if name == slow else 0.0,
             )
@@ -192,7 +197,7 @@ class World:
             assert command.count > 0
             here = sum(slot.profile == command.profile for slot in self.there)
             before = self.asking.get((command.profile, command.proposer), [])
-            if command.proposer == self.shape.slow and self.shape.parallel > 1:
+            if command.proposer == self.shape.slow and self.shape.one_by_one:
                 most = max(1, round(self.shape.parallel * here / len(self.there)))
                 assert command.count + sum(count for count, _ in before) <= most
             else:
@@ -283,7 +288,7 @@ class World:
             case Carry():
                 self.carry(command)
             case Ask(slug, proposer, count, base):
-                parts = [1] * count if proposer == self.shape.slow and self.shape.parallel > 1 else [count]
+                parts = [1] * count if proposer == self.shape.slow and self.shape.one_by_one else [count]
                 self.asking.setdefault((slug, proposer), []).extend((part, base) for part in parts)
             case Finish():
                 raise AssertionError
