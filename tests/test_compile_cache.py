@@ -81,6 +81,7 @@ def other(tmp_path: Path) -> CompileCache:
     return CompileCache(tmp_path / "elsewhere/compile", "h100-80gb")
 
 
+@pytest.mark.slow
 def test_a_program_that_was_compiled_on_one_worker_is_not_compiled_again_on_another(
     cache: CompileCache, other: CompileCache
 ):
