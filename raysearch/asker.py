@@ -86,13 +86,9 @@ class AnyAsker:
         self.name = proposer.name
         self.wants_brief = proposer.wants_brief
         self.proposer = proposer
-        self.standing = Standing(proposer.name, proposer.parallel, one_by_one=proposer.one_by_one)
+        self.one_by_one = proposer.one_by_one or proposer.parallel > 1  # whether each ask is for one proposal
+        self.standing = Standing(proposer.name, proposer.parallel, one_by_one=self.one_by_one)
         self._clock = clock
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether each ask is for one proposal."""
-        return self.proposer.one_by_one or self.proposer.parallel > 1
 
     def pace(self, profile: str) -> Pace:
         """How the proposer stands to a profile."""

@@ -89,7 +89,7 @@ class Standing:
     def __init__(self, name: str, parallel: int, *, one_by_one: bool = False) -> None:
         self._name = name
         self._parallel = parallel
-        self._one_by_one = one_by_one or parallel > 1
+        self._one_by_one = one_by_one
         self._lines: dict[str, _Line] = {}
         self._breaker = Breaker()
         self._retired = ""

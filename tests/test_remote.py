@@ -21,19 +21,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from test_cli import OBJECTIVE
 from toy import Toy
 
 from raysearch import __version__, metrics, remote
 from raysearch.errors import UserError
 from raysearch.run import main
 
-OBJECTIVE = """
-[objective]
-editable = ["score.py"]
-command = ["{python}", "score.py"]
-metric = "score"
-timeout_s = 30
-"""
 SCORE = 'import time\n\nLR = 0.1  # in [0.01, 1.0] log: step size\ntime.sleep(0.3)\nprint(f"score: {LR}")\n'
 
 
