@@ -99,6 +99,11 @@ class Bench:
             command, cwd=self.path, env=env, capture_output=True, text=True, check=False, timeout=LIMIT_S
         )
 
+    def kill_sessions(self) -> None:
+        for session in self.sessions:
+            session.process.kill()
+            session.process.wait()
+
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "raysearch.run", *arguments]
 

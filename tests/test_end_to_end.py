@@ -25,9 +25,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     (tmp_path / "score.py").write_text(PROGRAM)
     found = Bench(tmp_path, [])
     yield found
-    for session in found.sessions:
-        session.process.kill()
-        session.process.wait()
+    found.kill_sessions()
 
 
 def test_a_study_of_the_real_trainer_that_is_killed_once_runs_to_its_end(bench: Bench, monkeypatch: pytest.MonkeyPatch):

@@ -12,20 +12,13 @@ from typing import Any
 
 import psutil
 from hosts import ENVIRONMENT, Bed, Host
-from session_kit import Bench, OnDisk, Session, in_flight
+from session_kit import OBJECTIVE, Bench, OnDisk, Session, in_flight
 from toy import audit
 
 from raysearch import leftovers
 from raysearch.model import Outcome, Record, TrialFinished, TrialStarted
 from raysearch.runner import STUDY_MARK, read_result
 
-OBJECTIVE = """
-[objective]
-editable = ["score.py"]
-command = ["{python}", "score.py", "--seed", "{seed}"]
-metric = "score"
-timeout_s = 600
-"""
 # Each kind of CPU has an optimum of its own, and each run leaves a daemon behind that somebody must end.
 PROGRAM = """
 import math, random, subprocess, sys, time
@@ -64,7 +57,7 @@ class Cluster(Bench):
 
     def write(self, *, seconds: float) -> None:
         """The objective, with runs of so many seconds."""
-        (self.path / "objective.toml").write_text(OBJECTIVE)
+        (self.path / "objective.toml").write_text(OBJECTIVE.replace("timeout_s = 30", "timeout_s = 600"))
         (self.path / "score.py").write_text(PROGRAM.replace("{seconds}", str(seconds)))
 
     def search(self, *arguments: str, name: str = "quick") -> Session:
@@ -73,10 +66,7 @@ class Cluster(Bench):
 
     def settle(self, *, slots: int = 2) -> None:
         """Has the head and both kinds of machine run, whatever an earlier test has left of them."""
-        if self.bed.nodes() is None:  # a new head knows no nodes; those of the old one would wait for it for a minute
-            for host in self.bed.hosts.values():
-                host.stop_ray()
-            self.bed.start_head()
+        self.bed.revive_head()
         for name, host in list(self.bed.hosts.items()):
             if name not in ("alpha", "beta") or host.cut_off or host.frozen:
                 self.bed.power_off(name)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PORT = 20_000 + os.getpid() % 10_000  # Ray on the head takes a port for used when any process here names it
@@ -147,7 +150,7 @@ class Bed:
     """
 
     path: Path
-    settings: Mapping[str, str] = field(default_factory=lambda: WATCHFUL)
+    settings: Mapping[str, str]
     hosts: dict[str, Host] = field(default_factory=dict[str, Host])
     _count: int = 1
 
@@ -189,6 +192,13 @@ class Bed:
             return self.nodes() is not None
 
         _until(runs)
+
+    def revive_head(self) -> None:
+        """Starts a head where none answers; nodes of the old one would wait for that for a minute."""
+        if self.nodes() is None:
+            for host in self.hosts.values():
+                host.stop_ray()
+            self.start_head()
 
     def inside(self, *command: str, host: Host | None = None) -> list[str]:
         """A command as it runs on the head, or on a host."""
@@ -298,6 +308,21 @@ class Bed:
         self.switch.wait()
         self.switch.stdin.close()
         self.switch.stdout.close()
+
+
+@contextlib.contextmanager
+def bed(settings: Mapping[str, str] = WATCHFUL) -> Iterator[Bed]:
+    """A bed for a while; the test is skipped where there can be none."""
+    why = missing()
+    if why:
+        pytest.skip(why)
+    path = Path(tempfile.mkdtemp(prefix="bed", dir="/tmp"))  # short, for sockets
+    found = Bed(path, settings)
+    try:
+        yield found
+    finally:
+        found.close()
+        shutil.rmtree(path)
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:

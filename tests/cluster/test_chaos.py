@@ -9,19 +9,16 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import pytest
 from faulty import LIMIT_S, Cluster, wait
-from hosts import Bed, Host, missing, named
+from hosts import Host, bed, named
 from session_kit import Session
 
 from raysearch.model import Outcome, TrialFinished
@@ -111,7 +108,7 @@ class Chaos:
             entry[1]()
         code = self.session.process.poll()
         if not self.cluster.bed.head_processes("ray.scripts.scripts") and code is not None:
-            self.cluster.settle()
+            self.cluster.bed.revive_head()
         if code is not None:
             assert code in (2, -signal.SIGKILL), self.session.said()
             assert "Traceback" not in self.session.said(), self.session.said()
@@ -194,20 +191,12 @@ class Chaos:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    why = missing()
-    if why:
-        pytest.skip(why)
-    path = Path(tempfile.mkdtemp(prefix="bed", dir="/tmp"))  # short, for sockets
-    bed = Bed(path)
-    found = Cluster(path / "shared", [], bed=bed)
-    found.write(seconds=TRIAL_S)
-    found.settle()
-    yield found
-    for session in found.sessions:
-        session.process.kill()
-        session.process.wait()
-    bed.close()
-    shutil.rmtree(path)
+    with bed() as machines:
+        found = Cluster(machines.path / "shared", [], bed=machines)
+        found.write(seconds=TRIAL_S)
+        found.settle()
+        yield found
+        found.kill_sessions()
 
 
 @pytest.mark.timeout(int(CHAOS_S * 2) + 600)

@@ -7,16 +7,13 @@ sees the study's folder, `beta` does not, and their CPUs make two profiles.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from faulty import LIMIT_S, Cluster, ends, wait
-from hosts import Bed, missing
+from hosts import Bed, bed
 from session_kit import Session, until
 
 from raysearch.model import Outcome, SessionStarted
@@ -25,28 +22,20 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def bed() -> Iterator[Bed]:
-    why = missing()
-    if why:
-        pytest.skip(why)
-    path = Path(tempfile.mkdtemp(prefix="bed", dir="/tmp"))  # short, for sockets
-    found = Bed(path)
-    yield found
-    found.close()
-    shutil.rmtree(path)
+def machines() -> Iterator[Bed]:
+    with bed() as found:
+        yield found
 
 
 @pytest.fixture
-def cluster(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    path = bed.path / "shared" / f"t{len(list((bed.path / 'shared').iterdir()))}"
+def cluster(machines: Bed) -> Iterator[Cluster]:
+    path = machines.path / "shared" / f"t{len(list((machines.path / 'shared').iterdir()))}"
     path.mkdir()
-    found = Cluster(path, [], bed=bed)
+    found = Cluster(path, [], bed=machines)
     found.write(seconds=2.5)
     found.settle()
     yield found
-    for session in found.sessions:
-        session.process.kill()
-        session.process.wait()
+    found.kill_sessions()
 
 
 def busy(cluster: Cluster, host: str = "alpha", *, trials: int = 3) -> Session:
@@ -254,21 +243,15 @@ def test_two_coordinators_never_drive_one_study(cluster: Cluster, where: str):
     assert sessions(cluster) == 1
 
 
-def test_a_cable_that_is_out_for_30_s_costs_no_more_than_the_runs_in_flight(tmp_path_factory: pytest.TempPathFactory):
+def test_a_cable_that_is_out_for_30_s_costs_no_more_than_the_runs_in_flight():
     """With Ray's own patience: a node is given up when it has not answered for about a minute."""
-    with_patience = dict[str, str]()
-    path = Path(tempfile.mkdtemp(prefix="bed", dir="/tmp"))
-    bed = Bed(path, with_patience)
-    try:
-        cluster = Cluster(path / "shared", [], bed=bed)
+    with bed({}) as machines:
+        cluster = Cluster(machines.path / "shared", [], bed=machines)
         cluster.write(seconds=4)
         cluster.settle()
         session = busy(cluster, "beta")
-        bed.unplug(bed.hosts["beta"])
+        machines.unplug(machines.hosts["beta"])
         time.sleep(30)
-        bed.plug(bed.hosts["beta"])
+        machines.plug(machines.hosts["beta"])
         ends_well(session)
         cluster.audit(lost=2)
-    finally:
-        bed.close()
-        shutil.rmtree(path)
