@@ -1,14 +1,21 @@
-"""Sees to the trainer's prepared data on this machine, through the trainer's own command. It reads no data itself."""
+"""Sees to the trainer's prepared data on this machine, through the trainer's own command: made here, or fetched.
+
+It does not look into them.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+from raysearch import parcels
 from raysearch.errors import UserError
 from raysearch.objective import Preset
+from raysearch.parcels import Parcel, Pieces
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,59 @@ def prepare(preset: Preset, dataset: str | None, *, show: bool = False) -> Prepa
     Raises:
         UserError: What the preparation said in its last line.
     """
-    command = [sys.executable, "-m", "trainer.prepare", "--preset", preset.name]
+    return _asked(preset, dataset, show=show)
+
+
+def find(preset: Preset, dataset: str | None) -> PreparedData | None:
+    """A preset's data if this machine has them; nothing is made.
+
+    Args:
+        preset: Whose vocabulary and row length.
+        dataset: Its name, or None for the preset's own.
+
+    Raises:
+        UserError: They are there, but broken.
+    """
+    found = _asked(preset, dataset, "--find")
+    return found if found.manifest_sha256 else None
+
+
+def offer(found: PreparedData) -> Parcel:
+    """What this machine can give of its data.
+
+    Raises:
+        OSError: A file is gone.
+    """
+    return parcels.packed(Path(found.folder), dataset=found.dataset, manifest_sha256=found.manifest_sha256)
+
+
+def fetch(preset: Preset, parcel: Parcel, pieces: Pieces) -> PreparedData:
+    """Gets a preset's data from another machine, and takes them in after a look at every byte.
+
+    Args:
+        preset: Whose data they are.
+        parcel: What that machine offers.
+        pieces: Gives pieces of its files.
+
+    Raises:
+        UserError: What came is damaged, or other data; it is gone then.
+        OSError: There is no room. What came stays for the next call, as it does when `pieces` raises.
+    """
+    here = Path(_asked(preset, parcel.dataset, "--find").folder)
+    with parcels.waiting_place(here, parcel) as arriving:
+        found = find(preset, parcel.dataset)
+        if found:
+            return found  # another slot of this machine has got them meanwhile
+        parcels.receive(parcel, arriving, pieces)
+        try:
+            return _asked(preset, parcel.dataset, "--take", str(arriving))
+        except UserError as error:
+            shutil.rmtree(arriving)
+            raise UserError(f"what came is damaged: {error}") from None
+
+
+def _asked(preset: Preset, dataset: str | None, *options: str, show: bool = False) -> PreparedData:
+    command = [sys.executable, "-m", "trainer.prepare", "--preset", preset.name, *options]
     if dataset:
         command += ["--dataset", dataset]
     process = subprocess.Popen(

@@ -56,8 +56,8 @@ def data_refusal(slot: SlotInfo, manifest: str | None) -> str | None:
         return None
     return (
         f"its data {slot.data.folder} ({slot.data.dataset}) have the manifest {slot.data.manifest_sha256[:_SHOWN]}, "
-        f"the study's for preset {slot.preset!r} have {manifest[:_SHOWN]}; one study has one set of data: copy that "
-        "folder from a node that joined, or start another --study"
+        f"the study's for preset {slot.preset!r} have {manifest[:_SHOWN]}; one study has one set of data: move that "
+        "folder away, and the node gets the study's when Ray is started there again, or start another --study"
     )
 
 
@@ -67,6 +67,8 @@ def described(slot: SlotInfo) -> str:
     if slot.speed:
         said += [f"matmul {slot.speed.matmul_tflops:.3g} TFLOPS", f"copy {slot.speed.copy_gb_per_s:.0f} GB/s"]
     said += profile.remarks(slot.hardware)
+    if slot.data_from:
+        said.append(f"data copied from {slot.data_from}")
     if 0 < slot.node_gpus < slot.hardware.gpus:
         said.append(f"Ray has {slot.node_gpus} of the machine's {slot.hardware.gpus} GPUs there, the others are hidden")
     return ", ".join(said)

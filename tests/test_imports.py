@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "figure": set(),
     "report": {"figure"},
     "console": set(),
-    "data": {"objective"},
+    "parcels": set(),
+    "data": {"objective", "parcels"},
     "task": {"objective"},
     "config": {"objective"},
     "proposers": set(),
@@ -56,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "executors.simulated": {"asker", "executors", "executors.surrogate", "profile", "proposers", "ratchet", "runner"},
     "joining": {"executors", "labels", "profile"},
     "executors.ray": {"executors", "compile_cache", "data", "objective", "profile", "runner", "leftovers", "nursery"}
-    | {"joining", "labels"},
+    | {"joining", "labels", "parcels"},
     "programs": set(),
     "folder": {"config", "journal", "ratchet"},
     "exporter": set(),

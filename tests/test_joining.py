@@ -58,7 +58,7 @@ def test_a_node_with_other_data_is_refused_with_value_rule_and_remedy():
     assert data_refusal(slot(), "a" * 64) is None
     said = data_refusal(found, "a" * 64)
     assert said is not None
-    for part in ("/data/sotu", "bbbbbbbbbbbb", "aaaaaaaaaaaa", "'h100'", "copy that folder", "--study"):
+    for part in ("/data/sotu", "bbbbbbbbbbbb", "aaaaaaaaaaaa", "'h100'", "move that folder away", "--study"):
         assert part in said
 
 

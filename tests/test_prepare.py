@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -513,6 +515,54 @@ def test_a_folder_with_other_data_is_not_taken_for_what_was_asked(small_dir: Pat
     assert f"prepared with dataset files:{corpus_dir}, but sotu is asked for" in line
     line = refused("--dataset", f"files:{corpus_dir}", "--vocab-size", 321, "--row-tokens", 32, "--data", small_dir)
     assert "prepared with vocab size 320, but 321 is asked for" in line
+
+
+# Taken from elsewhere
+
+
+def takes(small_dir: Path, corpus_dir: Path, *more: object) -> tuple[object, ...]:
+    return ("--dataset", f"files:{corpus_dir}", *SMALL, "--take", small_dir, *more)
+
+
+def test_a_folder_from_elsewhere_is_taken_in_and_left_as_it_is(small_dir: Path, corpus_dir: Path) -> None:
+    shutil.rmtree(corpus_dir)
+    status, out, _ = call("--dataset", f"files:{corpus_dir}", *SMALL, "--find")
+    assert (status, json.loads(out)["manifest_sha256"]) == (0, "")
+    before = {path.name: path.read_bytes() for path in small_dir.iterdir()}
+    status, out, _ = call(*takes(small_dir, corpus_dir))
+    assert status == 0
+    place = Path(json.loads(out)["data"])
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in small_dir.iterdir()} == before
+    assert call("--dataset", f"files:{corpus_dir}", *SMALL, "--find")[1] == out
+    assert json.loads(out)["manifest_sha256"] == load_manifest(small_dir).sha256
+
+
+@pytest.mark.parametrize("name", [*file_names(), "manifest.json"])
+@pytest.mark.parametrize("how", ["changed", "cut", "missing"])
+def test_nothing_of_a_damaged_folder_is_taken_in(small_dir: Path, corpus_dir: Path, name: str, how: str) -> None:
+    content = bytearray((small_dir / name).read_bytes())
+    content[-5] ^= 64
+    if how == "missing":
+        (small_dir / name).unlink()
+    else:
+        (small_dir / name).write_bytes(content[:-1] if how == "cut" else content)
+    assert name in refused(*takes(small_dir, corpus_dir))
+    assert json.loads(call("--dataset", f"files:{corpus_dir}", *SMALL, "--find")[1])["manifest_sha256"] == ""
+    assert [path for path in (Path(os.environ["RAYSEARCH_CACHE"]) / "data").iterdir() if path.is_dir()] == []
+
+
+def test_other_data_than_was_asked_for_are_not_taken_in(small_dir: Path, corpus_dir: Path) -> None:
+    said = refused(*takes(small_dir, corpus_dir), "--row-tokens", 64)
+    assert f"{small_dir}: prepared with row tokens {ROW_TOKENS}, but 64 is asked for; take another folder" in said
+
+
+def test_what_is_prepared_already_is_kept(small_dir: Path, corpus_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    prepare(lambda: datasets.files(corpus_dir), place, vocab_size=VOCAB_SIZE, row_tokens=ROW_TOKENS)
+    (small_dir / "val.rows.npy").unlink()
+    status, out, _ = call(*takes(small_dir, corpus_dir, "--data", place))
+    assert (status, json.loads(out)["data"]) == (0, str(place))
 
 
 def test_a_preparation_that_was_killed_leaves_nothing_that_passes_for_data(tmp_path: Path) -> None:

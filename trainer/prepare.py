@@ -84,8 +84,51 @@ def prepare(
     Raises:
         DataError: one line with the remedy: broken text, too little of it, no space, no network.
     """
-    if not force and (directory / MANIFEST_FILE).exists():
+    if not force and _is_prepared(directory):
         return load_manifest(directory)
+    with _building(directory) as building:
+        if not force and _is_prepared(directory):
+            return load_manifest(directory)  # another process has done it
+        manifest = _build(open_corpus(), building, vocab_size=vocab_size, row_tokens=row_tokens, shards=shards)
+        return _move_in(manifest, directory)
+
+
+def take(arrived: Path, request: "Request") -> Manifest:
+    """Takes in a folder that was prepared elsewhere, unless the one that is asked for is prepared already.
+
+    Every file is read and compared with the manifest first. The folder that it came in stays as it is.
+
+    Args:
+        arrived: where the files lie.
+        request: what they must be, and where they go.
+
+    Raises:
+        DataError: a file is missing or damaged, or these are other data than was asked for; nothing is taken in.
+    """
+    directory = request.directory
+    if _is_prepared(directory):
+        return load_manifest(directory)
+    with _building(directory) as building:
+        if _is_prepared(directory):
+            return load_manifest(directory)
+        found = load_manifest(arrived)
+        _check_same(found, request, shards_named=False, remedy="take another folder")
+        require_space(building, sum(facts.bytes for facts in found.files.values()), f"a copy of {arrived}")
+        for name in (*found.files, MANIFEST_FILE):
+            try:
+                os.link(arrived / name, building / name)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(arrived / name, building / name)
+        return _move_in(verify(building), directory)
+
+
+def _is_prepared(directory: Path) -> bool:
+    return (directory / MANIFEST_FILE).exists()
+
+
+@contextlib.contextmanager
+def _building(directory: Path) -> Iterator[Path]:
+    """An empty folder beside a data folder, for one process at a time; what is left in it goes."""
     import filelock  # noqa: PLC0415
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -96,14 +139,11 @@ def prepare(
         except filelock.Timeout:
             say(f"another process prepares {directory}: waiting for it")
             stack.enter_context(lock.acquire())
-        if not force and (directory / MANIFEST_FILE).exists():
-            return load_manifest(directory)  # that process has done it
         building = directory.with_name(f"{directory.name}.building")
         shutil.rmtree(building, ignore_errors=True)  # of a call that was killed
         building.mkdir()
         stack.callback(shutil.rmtree, building, ignore_errors=True)
-        manifest = _build(open_corpus(), building, vocab_size=vocab_size, row_tokens=row_tokens, shards=shards)
-        return _move_in(manifest, directory)
+        yield building
 
 
 def _build(corpus: Corpus, building: Path, *, vocab_size: int, row_tokens: int, shards: int) -> Manifest:
@@ -288,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         request = resolve(args)
         place = request.directory
-        manifest = _run(request, force=args.force, only_verify=args.verify, shards_named=args.shards is not None)
+        manifest = _run(request, args)
     except DataError as error:
         say(f"error: {error}")
         return 2
@@ -307,45 +347,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("stopped; the same command goes on where it can")
         return 130
     fields = {
-        "data": str(manifest.directory),
-        "dataset": manifest.dataset,
+        "data": str(request.directory),
+        "dataset": request.dataset,
         "why": request.why,
-        "manifest_sha256": manifest.sha256,
-        "evaluation_version": manifest.evaluation_version,
-        "vocab_size": manifest.vocab_size,
-        "row_tokens": manifest.row_tokens,
+        "manifest_sha256": manifest.sha256 if manifest else "",
+        "evaluation_version": EVALUATION_VERSION,
+        "vocab_size": request.vocab_size,
+        "row_tokens": request.row_tokens,
     }
     print(json.dumps(fields), flush=True)
     return 0
 
 
-def _run(request: Request, *, force: bool, only_verify: bool, shards_named: bool) -> Manifest:
-    directory = request.directory
-    if only_verify and not force:
-        manifest = verify(directory)
-        _check_same(manifest, request, shards_named=shards_named)
-        say(f"{directory}: {len(manifest.files)} files verified")
-        return manifest
-    manifest = prepare(
-        lambda: datasets.open_corpus(request.dataset, shards=request.shards, downloads=cache_dir() / "downloads"),
-        directory,
-        vocab_size=request.vocab_size,
-        row_tokens=request.row_tokens,
-        shards=request.shards,
-        force=force,
-    )
+def _run(request: Request, args: argparse.Namespace) -> Manifest | None:
+    """Does what was asked for; None if it was only asked whether the data are there, and they are not."""
+    directory, shards_named = request.directory, args.shards is not None
+    if args.find and not _is_prepared(directory):
+        return None
+    if args.take:
+        manifest = take(args.take.expanduser().absolute(), request)
+    elif args.find or (args.verify and not args.force):
+        manifest = load_manifest(directory)
+    else:
+        manifest = prepare(
+            lambda: datasets.open_corpus(request.dataset, shards=request.shards, downloads=cache_dir() / "downloads"),
+            directory,
+            vocab_size=request.vocab_size,
+            row_tokens=request.row_tokens,
+            shards=request.shards,
+            force=args.force,
+        )
     _check_same(manifest, request, shards_named=shards_named)
-    return verify(directory) if only_verify else manifest
+    if args.verify:
+        manifest = verify(directory)
+        say(f"{directory}: {len(manifest.files)} files verified")
+    return manifest
 
 
-def _check_same(manifest: Manifest, request: Request, *, shards_named: bool) -> None:
+def _check_same(
+    manifest: Manifest,
+    request: Request,
+    *,
+    shards_named: bool,
+    remedy: str = "name another folder with --data, or add --force to replace what is there",
+) -> None:
     """Refuses a folder that holds other data than was asked for."""
     for name in ("dataset", "vocab_size", "row_tokens", *(("shards",) if shards_named else ())):
         holds, asked = getattr(manifest, name), getattr(request, name)
         if holds != asked:
             raise DataError(
                 f"{manifest.directory}: prepared with {name.replace('_', ' ')} {holds}, but {asked} is asked for; "
-                "name another folder with --data, or add --force to replace what is there"
+                f"{remedy}"
             )
 
 
@@ -366,7 +418,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, metavar="DIR", help="the folder (default: one in the cache, by its content)"
     )
     parser.add_argument("--verify", action="store_true", help="read every file of the folder again and compare")
-    parser.add_argument("--force", action="store_true", help="prepare anew, whatever is there")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--force", action="store_true", help="prepare anew, whatever is there")
+    how.add_argument("--find", action="store_true", help="prepare nothing: say where it lies and whether it is there")
+    how.add_argument("--take", type=Path, metavar="DIR", help="take in a folder that was prepared elsewhere, checked")
     return parser.parse_args(argv)
 
 
@@ -397,8 +452,10 @@ def resolve(args: argparse.Namespace) -> Request:
 
     if args.dataset:
         dataset, why = args.dataset, "it was named with --dataset"
+    elif "dataset" in preset and (args.find or args.take):
+        dataset, why = preset["dataset"], f"it is the dataset of the preset {args.preset}"
     elif "dataset" in preset:
-        prepared = (directory(preset["dataset"]) / MANIFEST_FILE).exists()
+        prepared = _is_prepared(directory(preset["dataset"]))
         dataset, why = choose_dataset(args.preset, preset["dataset"], prepared=prepared, gpu=gpu_seen, online=_online)
     else:
         raise DataError(f"--dataset is not given; give it, or --preset with one of {', '.join(preset_names())}")

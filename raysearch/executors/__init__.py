@@ -32,12 +32,13 @@ class SlotInfo:
         id: Unique in the cluster, and the same for the same GPU when it comes back.
         hardware: What it is.
         preset: Name of the preset that its data was prepared for; empty for objectives without presets.
-        data: None for objectives without data.
+        data: None for objectives without data, and while the slot's machine lacks them.
         shares_disk: Whether it sees the study's folder.
         speed: None where it was not measured: for objectives without presets, or because that failed.
         compile_cache: Kind of its compile cache, which slots of that kind may share; empty if it has none of ours.
         label: What its node's label `raysearch/profile` says; empty where there is none, or where it is of no concern.
         node_gpus: GPUs that Ray has on its node.
+        data_from: The host that gave its machine the data just now; empty if they were there, or made there.
     """
 
     id: str
@@ -49,6 +50,7 @@ class SlotInfo:
     compile_cache: str = ""
     label: str = ""
     node_gpus: int = 0
+    data_from: str = ""
 
 
 @dataclass(frozen=True)

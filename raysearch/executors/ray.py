@@ -24,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Generator, Mapping
+from collections import deque
+from collections.abc import Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysearch import labels, leftovers, objective, profile
+from raysearch import labels, leftovers, objective, parcels, profile
 from raysearch.compile_cache import PIECE_BYTES, Archive, CompileCache, open_cache
-from raysearch.data import prepare
+from raysearch.data import PreparedData, fetch, find, offer, prepare
 from raysearch.errors import UserError
 from raysearch.executors import (
     Report,
@@ -56,6 +57,8 @@ from raysearch.executors import (
 from raysearch.joining import Software, check_software, data_refusal, installed
 from raysearch.model import Outcome
 from raysearch.nursery import Nursery
+from raysearch.objective import Preset
+from raysearch.parcels import Parcel
 from raysearch.profile import Hardware
 from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, full_disk, returned_files, sweep
 from raysearch.secrecy import without_secrets
@@ -74,11 +77,14 @@ MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached o
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
 GIVE_LIMIT_S = 120.0
 MAX_GIVERS = 3
+PIECES_AHEAD = 2  # of 8 MiB, in Ray's small store
+FOLDER = "files:"  # begins the name of a dataset that is a folder of the user's
 PARCEL_S = 600.0  # how long a packed cache is good for others who ask
 CLOSE_LIMIT_S = 10.0  # supervisors end their trees within their grace periods, which are shorter
 LONGEST_FOLDER = 40  # Ray puts sockets into it, under names of 63 to 67 characters, and a socket's path has at most 107
 
 
+_SETTING_UP = ("describe", "obtain")
 _TOKEN = secrets.token_hex(32)  # of the Ray that is started here: without one Ray writes one into the home folder
 
 
@@ -119,16 +125,58 @@ class SlotPlan:
     software: Software = field(default_factory=installed)
 
 
-class _Slot:
+class _Giver:
+    """What all actors can do that have data: give it to others, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._data: dict[tuple[str, str], PreparedData] = {}  # by preset and dataset
+
+    def data_parcel(self, preset: str, dataset: str) -> Parcel | None:
+        """What it can give of that, if it has it."""
+        found = self._data.get((preset, dataset))
+        return offer(found) if found else None
+
+    def data_piece(self, preset: str, dataset: str, name: str, offset: int) -> bytes:
+        """A piece of a file of what it has offered."""
+        return parcels.piece(Path(self._data[preset, dataset].folder), name, offset)
+
+
+class _Store(_Giver):
+    """The actor on the coordinator's machine: what was prepared there is for all, and texts of a folder there too.
+
+    Args:
+        cache: The coordinator's RAYSEARCH_CACHE.
+    """
+
+    def __init__(self, cache: str | None) -> None:
+        super().__init__()
+        if cache:
+            os.environ["RAYSEARCH_CACHE"] = cache
+
+    def data_parcel(self, preset: str, dataset: str) -> Parcel | None:
+        """What it can give; of a folder that is only here, it is made when it is first asked for."""
+        if (preset, dataset) not in self._data:
+            chosen = objective.named_preset(objective.load_presets(), preset)
+            found = find(chosen, dataset)
+            if not found and dataset.startswith(FOLDER) and Path(dataset.removeprefix(FOLDER)).is_dir():
+                found = prepare(chosen, dataset)
+            if found:
+                self._data[preset, dataset] = found
+        return super().data_parcel(preset, dataset)
+
+
+class _Slot(_Giver):
     """The actor: owns one device, runs one trial at a time, each in processes of its own."""
 
     def __init__(self, plan: SlotPlan, host: str, place: str, device: str, threads: int) -> None:
+        super().__init__()
         self._plan = plan
         self._host = host
         self._place = place
         self._device = device
         self._threads = threads
-        self._data = ""
+        self._folder = ""
+        self._found: SlotInfo | None = None
         self._speed: Speed | None = None
         self._slot_id = ""
         self._shares_disk = (Path(plan.folder) / plan.token).exists()
@@ -139,7 +187,7 @@ class _Slot:
         self._parcel: Archive | None = None
 
     def describe(self) -> SlotInfo:
-        """Finds out what the slot is made of and sees to its data; takes long when data must be made first."""
+        """Finds out what the slot is made of, and whether its machine has the data."""
         check_software(installed(), self._plan.software)
         hardware = self._hardware()
         self._slot_id = f"{self._host}:{hardware.uuid[:12]}" if hardware.uuid else self._place
@@ -148,20 +196,51 @@ class _Slot:
         for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch())}*"):
             shutil.rmtree(left, ignore_errors=True)
         _check_disk(tempfile.gettempdir())
-        preset, data = "", None
-        if self._plan.preset:
-            presets = objective.load_presets()
-            if self._plan.preset == "auto":
-                chosen = objective.choose_preset(presets, device=hardware.device, memory_mb=hardware.memory_mb)
-            else:
-                chosen = objective.named_preset(presets, self._plan.preset)
-            preset = chosen.name
-            data = prepare(chosen, self._plan.datasets.get(preset) or self._plan.dataset or None)
-            self._data = data.folder
-            self._cache = open_cache(hardware, os.environ)
-            self._speed = gauged(self._device, self._threads)  # last: making data is work for the CPU
+        if not self._plan.preset:
+            return SlotInfo(self._slot_id, hardware, "", None, self._shares_disk)
+        presets, named = objective.load_presets(), self._plan.preset
+        if named == "auto":
+            preset = objective.choose_preset(presets, device=hardware.device, memory_mb=hardware.memory_mb)
+        else:
+            preset = objective.named_preset(presets, named)
+        self._cache = open_cache(hardware, os.environ)
         kind = self._cache.key if self._cache else ""
-        return SlotInfo(self._slot_id, hardware, preset, data, self._shares_disk, self._speed, kind)
+        self._found = SlotInfo(self._slot_id, hardware, preset.name, None, self._shares_disk, compile_cache=kind)
+        found = find(preset, self._plan.datasets.get(preset.name) or self._plan.dataset or None)
+        return self._ready(found) if found else self._found
+
+    def obtain(self, dataset: str, manifest: str, givers: list[tuple[str, Any]]) -> SlotInfo:
+        """Sees to data that its machine lacks; takes long.
+
+        Args:
+            dataset: What all slots with this preset have, or empty for the preset's own choice.
+            manifest: Its hash, or empty if nobody has it yet.
+            givers: Hosts and actors that may have it, to be asked in turn; if none has, it is made here.
+
+        Raises:
+            ConnectionError: They had it and did not come through, and it cannot be made here.
+        """
+        assert self._found
+        preset = objective.named_preset(objective.load_presets(), self._found.preset)
+        found, broken = find(preset, dataset or None), ""
+        for host, giver in () if found else givers:
+            try:
+                found = _fetched(giver, preset, dataset or preset.dataset, manifest)
+            except (RayError, UserError) as error:  # the next one goes on where it stopped
+                broken = f"{host} did not give its data: {_said(error)}"
+            if found:
+                return dataclasses.replace(self._ready(found), data_from=host)
+        try:
+            return self._ready(found or prepare(preset, dataset or None))
+        except UserError as error:
+            raise ConnectionError(f"{broken}; and {error}") if broken else error from None
+
+    def _ready(self, found: PreparedData) -> SlotInfo:
+        assert self._found
+        self._data[self._found.preset, found.dataset] = found
+        self._folder = found.folder
+        self._speed = gauged(self._device, self._threads)  # last: making data is work for the CPU
+        return dataclasses.replace(self._found, data=found, speed=self._speed)
 
     def _hardware(self) -> Hardware:
         if self._device == "cpu":
@@ -188,7 +267,7 @@ class _Slot:
         if self._cache:
             env |= self._cache.environment()
         with self._cache.in_use() if self._cache else contextlib.nullcontext():
-            run = Run(spec, out=out, data=self._data, env=env, slot=self._slot_id, nursery=self._nursery)
+            run = Run(spec, out=out, data=self._folder, env=env, slot=self._slot_id, nursery=self._nursery)
             self._run = (spec.trial_id, spec.attempt, run)
             if (spec.trial_id, spec.attempt) in self._cancelled:  # before it began
                 run.cancel()
@@ -263,6 +342,26 @@ def _asked(method: Any, *arguments: Any) -> Any:
     return ray.get(method.options(concurrency_group="give").remote(*arguments), timeout=GIVE_LIMIT_S)
 
 
+def _fetched(giver: Any, preset: Preset, dataset: str, manifest: str) -> PreparedData | None:
+    """Data from another actor, None if it has none of that kind."""
+    # no limit: it may have to make it first, and Ray tells if it dies
+    parcel: Parcel | None = ray.get(giver.data_parcel.options(concurrency_group="give").remote(preset.name, dataset))
+    if parcel is None or manifest not in ("", parcel.manifest_sha256):
+        return None
+
+    def pieces(name: str, offsets: Iterable[int]) -> Generator[bytes]:
+        asked: deque[Any] = deque()
+        piece = giver.data_piece.options(concurrency_group="give")
+        for offset in offsets:
+            asked.append(piece.remote(preset.name, dataset, name, offset))
+            if len(asked) > PIECES_AHEAD:
+                yield ray.get(asked.popleft(), timeout=GIVE_LIMIT_S)
+        while asked:
+            yield ray.get(asked.popleft(), timeout=GIVE_LIMIT_S)
+
+    return fetch(preset, parcel, pieces)
+
+
 def gauged(device: str, threads: int) -> Speed | None:
     """What the device reaches, by a process of its own; None if it cannot be told, which is no reason against a slot.
 
@@ -334,6 +433,8 @@ class _Actor:
     slot: SlotInfo | None = None
     running: RunSpec | None = None
     lost: int = 0  # runs in a row, while it lived
+    lacks: str = ""  # the preset whose data its machine does not have
+    obtains: bool = False
 
 
 class RayExecutor:
@@ -374,6 +475,9 @@ class RayExecutor:
         self._nodes_at = -math.inf
         self._progress_at = 0.0
         self._has_asked = False
+        self._unmade: set[str] = set()  # presets whose data a slot could not make: the others need not wait
+        self._asked = 0
+        self._store: Any = None
         self._local: _LocalRay | None = None
         if address is None:
             sweep(plan.study, session=plan.session)  # before anything of a killed session is read or run again
@@ -384,6 +488,7 @@ class RayExecutor:
         self._head, self._silent_at = (host.strip("[]"), int(port)), 0.0
         remote: Any = ray.remote
         self._slot_class = remote(concurrency_groups={"control": 2, "give": 1, "fetch": 1})(_Slot)
+        self._store_class = remote(concurrency_groups={"give": 1})(_Store)
 
     # ---- the protocol ----
 
@@ -444,8 +549,8 @@ class RayExecutor:
                     self.cancel(actor.running.trial_id)
             if runs:
                 ray.wait(runs, num_returns=len(runs), timeout=CLOSE_LIMIT_S, fetch_local=False)
-            for actor in self._actors.values():
-                ray.kill(actor.handle)
+            for handle in [*(actor.handle for actor in self._actors.values()), *filter(None, [self._store])]:
+                ray.kill(handle)
         except (RayError, ConnectionError, RuntimeError):
             pass  # Ray is gone already, and the slots with it
         finally:
@@ -476,6 +581,7 @@ class RayExecutor:
         for ref in ready:
             if ref in self._pending:  # a death earlier in this round may have settled it
                 reports += self._settle(ref)
+        self._supply()
         if self._nodes_at == -math.inf and self._head_answers():  # an actor died
             self._match_nodes()  # now: a slot that comes back counts as starting, and not as gone
         return reports
@@ -561,7 +667,7 @@ class RayExecutor:
             return self._bury(actor, _said(error))
         except (RayError, UserError) as error:
             return self._raised(method, actor, getattr(error, "cause", None) or error)
-        if method == "describe":
+        if method in _SETTING_UP:
             return self._described(actor, value)
         if method == "run":
             return self._came_back(actor, value)
@@ -572,6 +678,9 @@ class RayExecutor:
     def _described(self, actor: _Actor, found: SlotInfo) -> list[Report]:
         """A slot is set up; the first one of a preset settles the data for all."""
         plan, data = self._plan, found.data
+        if found.preset and not data:
+            actor.lacks = found.preset
+            return []
         if data and data.dataset != plan.datasets.setdefault(found.preset, data.dataset):
             self._remove(actor)  # both made their choice at the same time; it makes the settled data now
             self._nodes_at = -math.inf
@@ -586,6 +695,36 @@ class RayExecutor:
         actor.slot = dataclasses.replace(found, label=label if is_of_concern else "", node_gpus=gpus)
         self._share_cache(actor, found.compile_cache)
         return [SlotJoined(actor.slot)]
+
+    def _supply(self) -> None:
+        """Has slots get the data that they lack: from those that have them, else one makes them and the others wait."""
+        actors = self._actors.values()
+        for actor in actors:
+            preset = actor.lacks
+            if not preset or actor.slot or actor.obtains:
+                continue
+            somebody_has = preset in self._unmade or any(one.slot and one.slot.preset == preset for one in actors)
+            if somebody_has or not any(one.obtains and one.lacks == preset for one in actors):
+                actor.obtains = True
+                dataset = self._plan.datasets.get(preset) or self._plan.dataset
+                manifest = self._plan.manifests.get(preset, "")
+                self._pending[actor.handle.obtain.remote(dataset, manifest, self._givers(actor))] = ("obtain", actor)
+
+    def _givers(self, actor: _Actor) -> list[tuple[str, Any]]:
+        """Who may have the data that a slot lacks: other nodes, in turn, then the coordinator's machine."""
+        joined = [other for other in self._actors.values() if other.slot and other.slot.preset == actor.lacks]
+        others = list({other.node: other for other in joined if other.node != actor.node}.values())
+        self._asked += 1
+        turn = self._asked % len(others) if others else 0
+        found = [(self._hosts[other.node], other.handle) for other in (*others[turn:], *others[:turn])][:MAX_GIVERS]
+        here = ray.get_runtime_context().get_node_id()
+        if actor.node == here or here not in self._hosts:
+            return found
+        if self._store is None:
+            there = NodeAffinitySchedulingStrategy(node_id=here, soft=False)
+            make = self._store_class.options(num_cpus=0, max_restarts=-1, scheduling_strategy=there)
+            self._store = make.remote(os.environ.get("RAYSEARCH_CACHE"))
+        return [*found, (self._hosts[here], self._store)]
 
     def _share_cache(self, actor: _Actor, kind: str) -> None:
         """Has a new slot ask other nodes for the compile cache of its kind, and they it; nobody waits for that."""
@@ -622,9 +761,11 @@ class RayExecutor:
         reason = _said(error)
         if method == "run":
             return [*self._ended(actor, RunResult(Outcome.LOST, reason)), *self._retire(actor, reason)]
-        if method == "describe" and isinstance(error, OSError):
+        if method == "obtain":
+            self._unmade.add(actor.lacks)
+        if method in _SETTING_UP and isinstance(error, OSError):
             return self._retire(actor, reason)
-        if method == "describe":
+        if method in _SETTING_UP:
             self._remove(actor)
             self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
             return [SlotFailed(actor.place, reason)]
@@ -740,7 +881,7 @@ def _said(error: BaseException) -> str:
         text = detail.split(" Some common causes")[0]
     elif "Traceback" in text:
         text = str(error).strip().splitlines()[-1]
-    return text[:300] or type(error).__name__
+    return text if isinstance(error, UserError) else text[:300] or type(error).__name__
 
 
 def _fraction(value: object) -> float:

@@ -19,13 +19,18 @@ from raysearch import leftovers
 from raysearch.model import Outcome, Record, TrialFinished, TrialStarted
 from raysearch.runner import STUDY_MARK, read_result
 
-# Each kind of CPU has an optimum of its own, and each run leaves a daemon behind that somebody must end.
+# Each kind of CPU has an optimum of its own, in a space that is not searched through in an hour, and each run leaves a
+# daemon behind that somebody must end.
 PROGRAM = """
 import math, random, subprocess, sys, time
 
 LR = 0.003  # in [0.0001, 1.0] log: step size
 WIDTH = 64  # in {16, 32, 64, 128, 256}: units
 DEPTH = 6  # in [1, 12]: layers
+DECAY = 0.5  # in [0.0, 1.0]: weight decay
+WARMUP = 0.5  # in [0.0, 1.0]: share of the steps
+CLIP = 5.0  # in [0.1, 10.0] log: norm of the gradient
+DROPOUT = 0.3  # in [0.0, 0.9]: share of the units
 SECONDS = {seconds}
 
 subprocess.Popen(["sleep", "1000"], start_new_session=True)
@@ -36,6 +41,7 @@ for _ in range(10):
     print("step", flush=True)
 noise = random.Random(f"{sys.argv} {LR} {WIDTH} {DEPTH}").gauss(0, 0.01)
 score = 1 + 0.2 * (math.log10(LR) + 1) ** 2 + 0.05 * (math.log2(WIDTH) - best) ** 2 + 0.02 * (DEPTH - 3) ** 2
+score += (DECAY - 0.1) ** 2 + (WARMUP - 0.2) ** 2 + 0.2 * math.log10(CLIP) ** 2 + DROPOUT**2
 print(f"score: {score + noise}")
 """
 LIMIT_S = 240.0  # of anything that is waited for: the machine may be busy with other things
