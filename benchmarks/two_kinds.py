@@ -88,7 +88,7 @@ def figures(place: Folder) -> dict[str, Any]:
     ends = [record.at for record in records[first:] if isinstance(record.event, SessionEnded)]
     ended_at = ends[-1] if ends else ended_at
     done = attempts(records[first:], place, ended_at)
-    joined = joins(records)
+    joined = joins(records[first:])
     profiles = {slug: of_profile(study, slug, done, joined, ended_at=ended_at) for slug in study.lanes}
     held_s, train_s = (sum(one[name] for one in profiles.values()) for name in ("held_s", "training_s"))
     return {
@@ -102,20 +102,12 @@ def figures(place: Folder) -> dict[str, Any]:
     }
 
 
-def joins(records: Iterable[Record]) -> dict[str, float]:
-    """When each slot joined, in Unix time; by profile as well, for slots that were not gauged."""
-    found: dict[str, float] = {}
-    for record in records:
-        match record.event:
-            case SessionStarted():
-                found = {name: at for name, at in found.items() if ":" not in name}
-            case ProfileAdded(profile=profile):
-                found[profile.slug] = record.at
-            case SlotGauged(slot=slot):
-                found[slot] = record.at
-            case _:
-                pass
-    return found
+def joins(records: Sequence[Record]) -> dict[str, float]:
+    """When each slot of a session that had a trial joined, in Unix time; one that was not gauged, with its profile."""
+    added = {record.event.profile.slug: record.at for record in records if isinstance(record.event, ProfileAdded)}
+    gauged = {record.event.slot: record.at for record in reversed(records) if isinstance(record.event, SlotGauged)}
+    starts = [record.event for record in records if isinstance(record.event, TrialStarted)]
+    return {start.slot: gauged.get(start.slot, added.get(start.trial.profile, records[0].at)) for start in starts}
 
 
 def attempts(records: Iterable[Record], place: Folder, ended_at: float) -> list[Attempt]:
@@ -161,7 +153,7 @@ def of_profile(
     own = [attempt for attempt in done if attempt.trial.profile == slug]
     first = study.trials.get(baseline_id(lane.base, 1))
     slots = sorted({attempt.slot for attempt in own})
-    since = {slot: joined.get(slot, joined[slug]) for slot in slots}
+    since = {slot: joined[slot] for slot in slots}
     held_s = sum(ended_at - at for at in since.values())
     parts, gaps = time_of(own, since, ended_at=ended_at)
     return {

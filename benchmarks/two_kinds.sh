@@ -86,7 +86,7 @@ end() {
 trap end EXIT
 trap 'exit 143' TERM INT HUP
 node() { # NAME [VARIABLE=VALUE …] -- [OPTION …]
-    local log=$RAY_DIR/$1.log variables=(RAYSEARCH_BENCH="$MARK" SPT_NOENV=1) until_s=$(($(now_s) + 60))
+    local log=$RAY_DIR/$1.log variables=(RAYSEARCH_BENCH="$MARK" SPT_NOENV=1) until_s=$(($(now_s) + 90))
     shift
     while [ "$1" != -- ]; do variables+=("$1"); shift; done
     shift
