@@ -55,7 +55,8 @@ if [ "$DEVICE" = cuda ]; then
 fi
 $PYTHON -c '
 import raysearch.run, raysearch.coordinator, raysearch.report, raysearch.executors.ray, raysearch.exporter
-import raysearch.mirrors, raysearch.minds, raysearch.proposers.tune, ray.tune.search.optuna, optuna, trainer.prepare
+import raysearch.mirrors, raysearch.minds, raysearch.remote, raysearch.proposers.tune, ray.tune.search.optuna
+import optuna, pynvml, git, trainer.prepare
 ' >"$OUT/progress" 2>&1 || die "something is not installed here: $(tail -n 1 "$OUT/progress")"
 
 # 2. the data, one folder for both presets
