@@ -76,9 +76,10 @@ class Chaos:
 
     def measured(self, at: int) -> dict[str, float]:
         """When each profile had its first result since an event."""
-        trials = self.cluster.study("quick").replayed().trials
+        events = self.cluster.events()[at:]
+        trials = self.cluster.study("quick").replayed().trials  # read later, so it knows them all
         found: dict[str, float] = {}
-        for record in self.cluster.events()[at:]:
+        for record in events:
             event = record.event
             if isinstance(event, TrialFinished) and event.outcome is Outcome.MEASURED:
                 found.setdefault(trials[event.trial_id].trial.profile, record.at)
