@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test cluster check format lint types clean
+.PHONY: setup demo test cluster chaos check format lint types clean
 
 setup: $(READY)
 
@@ -20,9 +20,13 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# Several nodes on this machine, under faults: ten minutes, as root on Linux
+# Several nodes on this machine, every fault on its own: half an hour, as root on Linux
 cluster: $(READY)
 	$(BIN)/python -m pytest -m cluster
+
+# Of that what CI runs: three minutes of random faults, `ray up` over ssh, data on a faulty cable
+chaos: $(READY)
+	$(BIN)/python -m pytest -s -rs -m cluster tests/cluster --ignore tests/cluster/test_faults.py
 
 check: format lint types test
 
