@@ -3,7 +3,8 @@
 `python benchmarks/overhead.py` runs a study of a program that sleeps for half a second, and prints what lies between
 two trials on a slot. `python benchmarks/overhead.py --study DIR` does so for any study, with the parts of its trials.
 `python benchmarks/overhead.py --waiting 8` runs short trials of the bundled trainer, by turns started as usual and by a
-process in waiting, and prints the parts of both side by side.
+process in waiting, and prints the parts of both side by side. `--row 3` runs trials as a slot does, one after the
+other, the next one's process started beside each, and prints each: what the first one takes where nothing is compiled.
 """
 # ruff: noqa: E402  # the path is put right before anything of this repository is imported
 
@@ -50,7 +51,7 @@ WIDTH = 64  # in [16, 256] log: units
 time.sleep(0.5)
 print(f"score: {abs(LR - 0.1) + abs(WIDTH - 100) / 1000 + time.time() % 0.001}")
 """
-PARTS = ("start", "import", "data", "build", "first_step", "train", "eval", "holdout")
+PARTS = ("start", "import", "data", "build", "first_step", "train", "halfway", "eval", "holdout")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ def main() -> None:
     parser.add_argument("--study", type=Path, help="Folder of a study; without it a quick one is run.")
     parser.add_argument("--trials", type=int, default=12, help="Of the quick study.")
     parser.add_argument("--waiting", type=int, help="Pairs of trials, by turns without and with a process in waiting.")
+    parser.add_argument("--row", type=int, help="Trials in a row, as on a slot.")
     parser.add_argument("--data", type=Path, help="Prepared data for these; default: the preset's.")
     parser.add_argument("--budget-s", type=float, default=4.0, help="Of these.")
     arguments = parser.parse_args()
-    if arguments.waiting:
-        side_by_side(arguments.waiting, arguments.budget_s, arguments.data)
+    if arguments.waiting or arguments.row:
+        here = Here.found(arguments.budget_s, arguments.data)
+        if arguments.waiting:
+            side_by_side(here, arguments.waiting)
+        else:
+            in_a_row(here, arguments.row)
         return
     if arguments.study:
         show(arguments.study)
@@ -175,47 +181,78 @@ def inside(attempts: Sequence[Attempt]) -> None:
     table("a trial, s", rows, 3)
 
 
-def side_by_side(pairs: int, budget_s: float, data: Path | None) -> None:
-    """Runs trials of the preset that fits this machine, and prints what each of them spent beside its training."""
-    hardware = profile.detect()[0]
-    preset = objective.choose_preset(objective.load_presets(), device=hardware.device, memory_mb=hardware.memory_mb)
-    source = objective.base_program((objective.trainer_folder() / objective.TRAIN_FILE).read_text(), preset)
-    threads = 1 if hardware.device == "cpu" else 0
-    budget = objective.Budget(seconds=budget_s)
-    how = objective.plan_trial(
-        objective.TRAINER, preset, budget, device=hardware.device, threads=threads, holdout=False
-    )
-    spec = RunSpec(
-        trial_id="",
-        attempt=1,
-        study="overhead",
-        session=str(os.getpid()),
-        files={objective.TRAIN_FILE: source},
-        command=how.command,
-        metric="val_bpb",
-        seed=0,
-        startup_limit_s=how.startup_limit_s,
-        total_limit_s=how.total_limit_s,
-        threads=threads,
-        niceness=0,
-    )
-    waiting = how.waiting or (*how.command[:4], "--wait")  # a CPU slot has none otherwise
-    rows, nursery = str(data.resolve()) if data else prepare(preset, None).folder, Nursery()
+@dataclass(frozen=True)
+class Here:
+    """The bundled trainer's first program, as this machine runs it."""
+
+    title: str
+    spec: RunSpec
+    waiting: tuple[str, ...]
+    data: str
+
+    @classmethod
+    def found(cls, budget_s: float, data: Path | None) -> Here:
+        """With the preset that fits, and its data unless others are named."""
+        hardware = profile.detect()[0]
+        preset = objective.choose_preset(objective.load_presets(), device=hardware.device, memory_mb=hardware.memory_mb)
+        source = objective.base_program((objective.trainer_folder() / objective.TRAIN_FILE).read_text(), preset)
+        threads = 1 if hardware.device == "cpu" else 0
+        budget = objective.Budget(seconds=budget_s)
+        how = objective.plan_trial(
+            objective.TRAINER, preset, budget, device=hardware.device, threads=threads, holdout=False
+        )
+        spec = RunSpec(
+            trial_id="",
+            attempt=1,
+            study="overhead",
+            session=str(os.getpid()),
+            files={objective.TRAIN_FILE: source},
+            command=how.command,
+            metric="val_bpb",
+            seed=0,
+            startup_limit_s=how.startup_limit_s,
+            total_limit_s=how.total_limit_s,
+            threads=threads,
+            niceness=0,
+        )
+        waiting = how.waiting or (*how.command[:4], "--wait")  # a CPU slot has none otherwise
+        title = f"{hardware.name}, preset {preset.name}, {budget_s:g} s of training"
+        return cls(title, spec, waiting, str(data.resolve()) if data else prepare(preset, None).folder)
+
+    def run(self, name: str, folder: Path, nursery: Nursery, *, served: bool) -> Measurement:
+        """Runs one trial; with `served`, a process that waits takes it, and another one is started for the next."""
+        spec = dataclasses.replace(self.spec, trial_id=name, waiting=self.waiting if served else ())
+        result = Run(spec, out=folder / name, data=self.data, env=os.environ, slot="here", nursery=nursery).wait()
+        if result.measurement is None:
+            raise SystemExit(f"{name}: {result.outcome.value}: {result.reason}")
+        return result.measurement
+
+
+def side_by_side(here: Here, pairs: int) -> None:
+    """Runs trials with and without a process in waiting, and prints what each of them spent beside its training."""
+    nursery = Nursery()
     found: dict[bool, list[Measurement]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(2 * pairs + 2):
             served = number % 2 == 1
-            one = dataclasses.replace(spec, trial_id=f"t{number}", waiting=waiting if served else ())
-            run = Run(one, out=Path(folder) / one.trial_id, data=rows, env=os.environ, slot="here", nursery=nursery)
-            result = run.wait()
-            if result.measurement is None:
-                raise SystemExit(f"{one.trial_id}: {result.outcome.value}: {result.reason}")
+            measurement = here.run(f"t{number}", Path(folder), nursery, served=served)
             if number > 1:  # the first of them fill the caches, and nobody waits for the first one that is served
-                found[served].append(result.measurement)
+                found[served].append(measurement)
     nursery.close()
-    print(f"{hardware.name}, preset {preset.name}, {budget_s:g} s of training\n")
+    print(f"{here.title}\n")
     for served, title in ((False, "started as usual, s"), (True, "by a process in waiting, s")):
         overhead(title, found[served])
+
+
+def in_a_row(here: Here, count: int) -> None:
+    """Runs trials as a slot does, and prints each as it ends."""
+    nursery = Nursery()
+    print(f"{here.title}\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1, count + 1):
+            measurement = here.run(f"t{number}", Path(folder), nursery, served=True)
+            overhead(f"trial {number}: {measurement.wall_s:.1f} s in all, of which", [measurement])
+    nursery.close()
 
 
 def overhead(title: str, measurements: Sequence[Measurement]) -> None:
@@ -225,6 +262,7 @@ def overhead(title: str, measurements: Sequence[Measurement]) -> None:
     rows["process without train"] = [m.wall_s - m.parts_s["train"] for m in measurements]
     rows["import ahead of the trial"] = [m.facts["import_ahead_seconds"] for m in measurements]
     table(title, rows, 3)
+    sys.stdout.flush()
 
 
 def table(title: str, rows: Mapping[str, Sequence[float]], digits: int) -> None:
