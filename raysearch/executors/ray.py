@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import secrets
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +127,7 @@ class _Actor:
     running: RunSpec | None = None
     lost: int = 0  # runs in a row, while it lived
     lacks: str = ""  # the preset whose data its machine does not have
-    obtains: bool = False
+    obtains: bool = False  # it was told to get them
 
 
 class RayExecutor:
@@ -167,7 +169,7 @@ class RayExecutor:
         self._progress_at = 0.0
         self._has_asked = False
         self._unmade: set[str] = set()  # presets whose data a slot could not make: the others need not wait
-        self._asked = 0
+        self._turns = itertools.count(1)
         self._store: Any = None
         self._local: _LocalRay | None = None
         if address is None:
@@ -362,9 +364,9 @@ class RayExecutor:
             return self._described(actor, value)
         if method == "run":
             return self._came_back(actor, value)
-        if method != "progress" or not value or actor.slot is None or actor.running is None:
-            return []
-        return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
+        if method == "progress" and value and actor.slot and actor.running:
+            return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
+        return []
 
     def _described(self, actor: _Actor, found: SlotInfo) -> list[Report]:
         """A slot is set up; the first one of a preset settles the data for all."""
@@ -378,7 +380,7 @@ class RayExecutor:
             return []
         against = data_refusal(found, plan.manifests.get(found.preset))
         if against is not None:
-            return self._raised("describe", actor, UserError(against))
+            return self._refuse(actor, against)
         if data:
             plan.manifests[found.preset] = data.manifest_sha256
         label, gpus = self._labels.get(actor.node, ("", 0))
@@ -390,12 +392,12 @@ class RayExecutor:
     def _supply(self) -> None:
         """Has slots get the data that they lack: from those that have them, else one makes them and the others wait."""
         actors = self._actors.values()
+        need_no_wait = {actor.slot.preset for actor in actors if actor.slot} | self._unmade
+        making = {actor.lacks for actor in actors if actor.obtains}
         for actor in actors:
             preset = actor.lacks
-            if not preset or actor.slot or actor.obtains:
-                continue
-            somebody_has = preset in self._unmade or any(one.slot and one.slot.preset == preset for one in actors)
-            if somebody_has or not any(one.obtains and one.lacks == preset for one in actors):
+            if preset and not actor.obtains and (preset in need_no_wait or preset not in making):
+                making.add(preset)
                 actor.obtains = True
                 dataset = self._plan.datasets.get(preset) or self._plan.dataset
                 manifest = self._plan.manifests.get(preset, "")
@@ -404,10 +406,9 @@ class RayExecutor:
     def _givers(self, actor: _Actor) -> list[tuple[str, Any]]:
         """Who may have the data that a slot lacks: other nodes, in turn, then the coordinator's machine."""
         joined = [other for other in self._actors.values() if other.slot and other.slot.preset == actor.lacks]
-        others = list({other.node: other for other in joined if other.node != actor.node}.values())
-        self._asked += 1
-        turn = self._asked % len(others) if others else 0
-        found = [(self._hosts[other.node], other.handle) for other in (*others[turn:], *others[:turn])][:MAX_GIVERS]
+        others = deque({other.node: other for other in joined if other.node != actor.node}.values())
+        others.rotate(-next(self._turns))  # or all would ask the same ones
+        found = [(self._hosts[other.node], other.handle) for other in others][:MAX_GIVERS]
         here = ray.get_runtime_context().get_node_id()
         if actor.node == here or here not in self._hosts:
             return found
@@ -452,15 +453,16 @@ class RayExecutor:
         reason = said_by(error)
         if method == "run":
             return [*self._ended(actor, RunResult(Outcome.LOST, reason)), *self._retire(actor, reason)]
+        if method not in _SETTING_UP:
+            return []
         if method == "obtain":
             self._unmade.add(actor.lacks)
-        if method in _SETTING_UP and isinstance(error, OSError):
-            return self._retire(actor, reason)
-        if method in _SETTING_UP:
-            self._remove(actor)
-            self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
-            return [SlotFailed(actor.place, reason)]
-        return []
+        return self._retire(actor, reason) if isinstance(error, OSError) else self._refuse(actor, reason)
+
+    def _refuse(self, actor: _Actor, reason: str) -> list[Report]:
+        self._remove(actor)
+        self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
+        return [SlotFailed(actor.place, reason)]
 
     def _bury(self, actor: _Actor, reason: str) -> list[Report]:
         """An actor died, or its node: its run is lost, and its place is free for a new one."""
