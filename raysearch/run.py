@@ -475,7 +475,8 @@ def _coordinate(
     from raysearch.asker import Asker  # noqa: PLC0415
     from raysearch.console import Console  # noqa: PLC0415
     from raysearch.coordinator import Coordinator, Session  # noqa: PLC0415
-    from raysearch.executors.ray import RayExecutor, SlotPlan  # noqa: PLC0415
+    from raysearch.executors.ray import RayExecutor  # noqa: PLC0415
+    from raysearch.executors.ray_actors import SlotPlan  # noqa: PLC0415
     from raysearch.exporter import Exporter  # noqa: PLC0415
     from raysearch.mirrors import Mirrors  # noqa: PLC0415
 

@@ -14,7 +14,8 @@ import ray
 from ray_kit import START_LIMIT_S, nodes
 from test_executors import Bench, wait_until
 
-from raysearch.executors.ray import RayExecutor, SlotPlan
+from raysearch.executors.ray import RayExecutor
+from raysearch.executors.ray_actors import SlotPlan
 
 pytestmark = pytest.mark.cluster
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as the provider has it

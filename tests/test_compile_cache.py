@@ -248,7 +248,8 @@ def test_a_node_that_joins_gets_the_cache_of_its_kind_beside_its_first_trial(
     from ray.cluster_utils import Cluster
     from test_executors import Bench
 
-    from raysearch.executors.ray import RayExecutor, SlotPlan
+    from raysearch.executors.ray import RayExecutor
+    from raysearch.executors.ray_actors import SlotPlan
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     homes = [tmp_path / "one", tmp_path / "two"]

@@ -19,7 +19,8 @@ from trainer_kit import TINY, make_data, program
 from raysearch import leftovers
 from raysearch.errors import UserError
 from raysearch.executors import Executor, Report, RunEnded, SlotInfo, SlotJoined, SlotLeft, SlotProgress
-from raysearch.executors.ray import RayExecutor, SlotPlan, gauged
+from raysearch.executors.ray import RayExecutor
+from raysearch.executors.ray_actors import SlotPlan, gauged
 from raysearch.knobs import Value
 from raysearch.model import Measurement, Outcome
 from raysearch.objective import TRAINER
@@ -270,7 +271,7 @@ def ray_slots(ray_bench: Bench) -> Bench:
 
 def kill_slots(bench: Bench) -> None:
     """Kills the processes of the slots' actors, as the kernel does when memory runs out."""
-    actors = [process for process in bench.processes() if process.name().startswith("ray::_Slot")]
+    actors = [process for process in bench.processes() if process.name().startswith("ray::Slot")]
     assert len(actors) == 2
     for actor in actors:
         actor.kill()
@@ -427,7 +428,8 @@ import signal, sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_executors import Bench
-from raysearch.executors.ray import RayExecutor, SlotPlan
+from raysearch.executors.ray import RayExecutor
+from raysearch.executors.ray_actors import SlotPlan
 
 signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
 folder = Path({folder!r})

@@ -14,7 +14,8 @@ from test_executors import Bench
 
 from raysearch import joining
 from raysearch.executors import Report, SlotFailed
-from raysearch.executors.ray import RayExecutor, SlotPlan
+from raysearch.executors.ray import RayExecutor
+from raysearch.executors.ray_actors import SlotPlan
 from raysearch.joining import Software, installed
 
 pytestmark = pytest.mark.cluster

@@ -1,8 +1,8 @@
-"""Slots on Ray: one actor a GPU, or CPU slots where there is no GPU. It decides nothing about trials.
+"""Slots on Ray, the driver's side: an actor a GPU, or CPU slots where there is none. It decides nothing about trials.
 
-The only `import ray` beside `proposers/tune.py` and `exporter.py`. Nothing is retried by Ray (`max_restarts=0,
-max_task_retries=0`): a dead actor is reported as a lost run and a slot that left, and a new actor is made while its
-node is alive.
+The only `import ray` beside `ray_actors.py`, `proposers/tune.py` and `exporter.py`. Nothing is retried by Ray
+(`max_restarts=0, max_task_retries=0`): a dead actor is reported as a lost run and a slot that left, and a new actor is
+made while its node is alive.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import glob
-import json
+import itertools
 import math
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +37,13 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysearch import labels, leftovers, objective, parcels, profile
-from raysearch.compile_cache import PIECE_BYTES, Archive, CompileCache, open_cache
-from raysearch.data import PreparedData, fetch, find, offer, prepare
+from raysearch import labels, leftovers
 from raysearch.errors import UserError
-from raysearch.executors import (
-    Report,
-    RunEnded,
-    SlotFailed,
-    SlotInfo,
-    SlotJoined,
-    SlotLeft,
-    SlotProgress,
-    Speed,
-)
-from raysearch.joining import Software, check_software, data_refusal, installed
+from raysearch.executors import Report, RunEnded, SlotFailed, SlotInfo, SlotJoined, SlotLeft, SlotProgress
+from raysearch.executors.ray_actors import Slot, SlotPlan, Store, said_by
+from raysearch.joining import data_refusal
 from raysearch.model import Outcome
-from raysearch.nursery import Nursery
-from raysearch.objective import Preset
-from raysearch.parcels import Parcel
-from raysearch.profile import Hardware
-from raysearch.runner import SESSION_MARK, STUDY_MARK, Run, RunResult, RunSpec, full_disk, returned_files, sweep
+from raysearch.runner import SESSION_MARK, STUDY_MARK, RunResult, RunSpec, sweep
 from raysearch.secrecy import without_secrets
 
 OBJECT_STORE_BYTES = 100 * 2**20  # results are small, and the machine may be
@@ -72,17 +55,10 @@ RETRY_S = 30.0  # until a place is tried again whose disk was full, or which los
 REACH_LIMIT_S = 5.0
 ANSWER_LIMIT_S = 1.0
 HEAD_PATIENCE_S = 30.0  # for a head that comes back with what it knew (Ray's fault tolerance with Redis)
-GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
-MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "raysearch"}
-GIVE_LIMIT_S = 120.0
 MAX_GIVERS = 3
-PIECES_AHEAD = 2  # of 8 MiB, in Ray's small store
-FOLDER = "files:"  # begins the name of a dataset that is a folder of the user's
-PARCEL_S = 600.0  # how long a packed cache is good for others who ask
 CLOSE_LIMIT_S = 10.0  # supervisors end their trees within their grace periods, which are shorter
 LONGEST_FOLDER = 40  # Ray puts sockets into it, under names of 63 to 67 characters, and a socket's path has at most 107
-
 
 _SETTING_UP = ("describe", "obtain")
 _TOKEN = secrets.token_hex(32)  # of the Ray that is started here: without one Ray writes one into the home folder
@@ -94,289 +70,6 @@ def _say_nothing(*_args: Any, **_options: Any) -> None:
 
 # Ray prints deaths of workers to stdout whatever `log_to_driver` says; here they are reports of `poll`.
 ray_worker.print_to_stdstream = _say_nothing
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """What every slot of a study is told once.
-
-    Attributes:
-        study: Id of the study.
-        session: Id of the coordinator's session.
-        folder: The study's folder on the coordinator's machine.
-        token: A file in it, by which a slot finds out whether it sees the same disk.
-        preset: Name of the preset, or `auto` by hardware, or empty for objectives without presets.
-        dataset: Named dataset, or empty for the preset's own choice.
-        datasets: Datasets that were settled earlier, by preset.
-        withheld: Names of variables that no process of a Ray that is started here sees, beside what looks like secrets.
-        manifests: Hashes of their data, by preset.
-        software: Of the head; all nodes need the same.
-    """
-
-    study: str
-    session: str
-    folder: str
-    token: str
-    preset: str
-    dataset: str
-    datasets: dict[str, str]
-    withheld: tuple[str, ...] = ()
-    manifests: dict[str, str] = field(default_factory=dict[str, str])
-    software: Software = field(default_factory=installed)
-
-
-class _Giver:
-    """What all actors can do that have data: give it to others, in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._data: dict[tuple[str, str], PreparedData] = {}  # by preset and dataset
-
-    def data_parcel(self, preset: str, dataset: str) -> Parcel | None:
-        """What it can give of that, if it has it."""
-        found = self._data.get((preset, dataset))
-        return offer(found) if found else None
-
-    def data_piece(self, preset: str, dataset: str, name: str, offset: int) -> bytes:
-        """A piece of a file of what it has offered."""
-        return parcels.piece(Path(self._data[preset, dataset].folder), name, offset)
-
-
-class _Store(_Giver):
-    """The actor on the coordinator's machine: what was prepared there is for all, and texts of a folder there too.
-
-    Args:
-        cache: The coordinator's RAYSEARCH_CACHE.
-    """
-
-    def __init__(self, cache: str | None) -> None:
-        super().__init__()
-        if cache:
-            os.environ["RAYSEARCH_CACHE"] = cache
-
-    def data_parcel(self, preset: str, dataset: str) -> Parcel | None:
-        """What it can give; of a folder that is only here, it is made when it is first asked for."""
-        if (preset, dataset) not in self._data:
-            chosen = objective.named_preset(objective.load_presets(), preset)
-            found = find(chosen, dataset)
-            if not found and dataset.startswith(FOLDER) and Path(dataset.removeprefix(FOLDER)).is_dir():
-                found = prepare(chosen, dataset)
-            if found:
-                self._data[preset, dataset] = found
-        return super().data_parcel(preset, dataset)
-
-
-class _Slot(_Giver):
-    """The actor: owns one device, runs one trial at a time, each in processes of its own."""
-
-    def __init__(self, plan: SlotPlan, host: str, place: str, device: str, threads: int) -> None:
-        super().__init__()
-        self._plan = plan
-        self._host = host
-        self._place = place
-        self._device = device
-        self._threads = threads
-        self._folder = ""
-        self._found: SlotInfo | None = None
-        self._speed: Speed | None = None
-        self._slot_id = ""
-        self._shares_disk = (Path(plan.folder) / plan.token).exists()
-        self._run: tuple[str, int, Run] | None = None
-        self._cancelled: set[tuple[str, int]] = set()
-        self._nursery = Nursery()
-        self._cache: CompileCache | None = None
-        self._parcel: Archive | None = None
-
-    def describe(self) -> SlotInfo:
-        """Finds out what the slot is made of, and whether its machine has the data."""
-        check_software(installed(), self._plan.software)
-        hardware = self._hardware()
-        self._slot_id = f"{self._host}:{hardware.uuid[:12]}" if hardware.uuid else self._place
-        # Of earlier sessions on this machine, and of an actor of this one that died here.
-        sweep(self._plan.study, session=self._plan.session, slot=self._slot_id)
-        for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(self._scratch())}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        _check_disk(tempfile.gettempdir())
-        if not self._plan.preset:
-            return SlotInfo(self._slot_id, hardware, "", None, self._shares_disk)
-        presets, named = objective.load_presets(), self._plan.preset
-        if named == "auto":
-            preset = objective.choose_preset(presets, device=hardware.device, memory_mb=hardware.memory_mb)
-        else:
-            preset = objective.named_preset(presets, named)
-        self._cache = open_cache(hardware, os.environ)
-        kind = self._cache.key if self._cache else ""
-        self._found = SlotInfo(self._slot_id, hardware, preset.name, None, self._shares_disk, compile_cache=kind)
-        found = find(preset, self._plan.datasets.get(preset.name) or self._plan.dataset or None)
-        return self._ready(found) if found else self._found
-
-    def obtain(self, dataset: str, manifest: str, givers: list[tuple[str, Any]]) -> SlotInfo:
-        """Sees to data that its machine lacks; takes long.
-
-        Args:
-            dataset: What all slots with this preset have, or empty for the preset's own choice.
-            manifest: Its hash, or empty if nobody has it yet.
-            givers: Hosts and actors that may have it, to be asked in turn; if none has, it is made here.
-
-        Raises:
-            ConnectionError: They had it and did not come through, and it cannot be made here.
-        """
-        assert self._found
-        preset = objective.named_preset(objective.load_presets(), self._found.preset)
-        found, broken = find(preset, dataset or None), ""
-        for host, giver in () if found else givers:
-            try:
-                found = _fetched(giver, preset, dataset or preset.dataset, manifest)
-            except (RayError, UserError) as error:  # the next one goes on where it stopped
-                broken = f"{host} did not give its data: {_said(error)}"
-            if found:
-                return dataclasses.replace(self._ready(found), data_from=host)
-        try:
-            return self._ready(found or prepare(preset, dataset or None))
-        except UserError as error:
-            raise ConnectionError(f"{broken}; and {error}") if broken else error from None
-
-    def _ready(self, found: PreparedData) -> SlotInfo:
-        assert self._found
-        self._data[self._found.preset, found.dataset] = found
-        self._folder = found.folder
-        self._speed = gauged(self._device, self._threads)  # last: making data is work for the CPU
-        return dataclasses.replace(self._found, data=found, speed=self._speed)
-
-    def _hardware(self) -> Hardware:
-        if self._device == "cpu":
-            return profile.cpu()
-        done = subprocess.run(
-            [sys.executable, "-m", "raysearch.profile"], capture_output=True, text=True, check=False, timeout=120
-        )
-        if done.returncode != 0:
-            raise UserError(f"the GPU of {self._place} cannot be read: {done.stderr.strip().splitlines()[-1:]}")
-        found = [Hardware(**fields) for fields in json.loads(done.stdout)]
-        if found[0].device != "cuda":
-            raise UserError(f"{self._place} has no GPU that NVML shows; check the driver on that node")
-        return found[0]
-
-    def run(self, spec: RunSpec) -> RunResult:
-        """Runs one attempt to its end."""
-        shares = self._shares_disk
-        out = Path(spec.out if shares else f"{tempfile.mkdtemp(prefix=self._scratch())}/{spec.trial_id}")
-        env = dict(os.environ)
-        if self._device == "cpu":
-            env["CUDA_VISIBLE_DEVICES"] = ""
-        if self._speed is not None:
-            env[MATMUL_MARK] = repr(self._speed.matmul_tflops)
-        if self._cache:
-            env |= self._cache.environment()
-        with self._cache.in_use() if self._cache else contextlib.nullcontext():
-            run = Run(spec, out=out, data=self._folder, env=env, slot=self._slot_id, nursery=self._nursery)
-            self._run = (spec.trial_id, spec.attempt, run)
-            if (spec.trial_id, spec.attempt) in self._cancelled:  # before it began
-                run.cancel()
-            try:
-                result = run.wait()
-            finally:
-                self._run = None
-        if result.outcome is Outcome.LOST:
-            _check_disk(out)
-        if shares:
-            return result
-        files = returned_files(out)
-        shutil.rmtree(out.parent, ignore_errors=True)
-        return dataclasses.replace(result, files=files)
-
-    def _scratch(self) -> str:
-        """How the folders begin that this slot makes for trials; of what it leaves when it is killed, too."""
-        return f"raysearch-{self._plan.study[:12]}-{self._slot_id.replace('/', '-')}-"
-
-    def progress(self) -> dict[str, Any]:
-        """What the trial in flight says of itself."""
-        current = self._run
-        return current[2].progress() if current else {}
-
-    def cancel(self, trial_id: str, attempt: int) -> None:
-        """Ends an attempt that is in flight or about to begin."""
-        self._cancelled.add((trial_id, attempt))
-        current = self._run
-        if current and current[:2] == (trial_id, attempt):
-            current[2].cancel()
-
-    # ---- the compile cache on its way to a worker that has none; in threads of their own, beside a trial ----
-
-    def pack_cache(self) -> tuple[int, str] | None:
-        """Packs the cache for other slots; says its size in bytes and its hash. Several may come at the same time."""
-        if self._cache and (self._parcel is None or self._parcel.packed_at < time.time() - PARCEL_S):
-            if self._parcel:
-                self._parcel.file.close()
-            self._parcel = self._cache.pack()
-        return (self._parcel.size_bytes, self._parcel.sha256) if self._parcel else None
-
-    def cache_piece(self, sha256: str, offset: int) -> bytes:
-        """A piece of what was packed; nothing if it was packed anew meanwhile."""
-        return self._parcel.piece(offset) if self._parcel and self._parcel.sha256 == sha256 else b""
-
-    def fetch_cache(self, givers: list[Any]) -> str:
-        """Fills an empty cache from one of the slots that are asked in turn; says what came of it."""
-        if self._cache is None:
-            return ""
-        said = "none has one"
-        with self._cache.to_be_filled() as wanted:
-            for giver in givers if wanted else ():
-                try:
-                    size_bytes, sha256 = _asked(giver.pack_cache) or (0, "")
-                    if size_bytes:
-                        offsets = range(0, size_bytes, PIECE_BYTES)
-                        self._cache.receive((_asked(giver.cache_piece, sha256, at) for at in offsets), sha256)
-                        return f"{size_bytes} bytes"
-                except (RayError, UserError, OSError) as error:  # trials compile for themselves, as without it
-                    said = _said(error)
-        return said if wanted else "not wanted"
-
-
-def _check_disk(folder: str | Path) -> None:
-    full = full_disk(Path(folder))
-    if full:
-        raise OSError(errno.ENOSPC, full)
-
-
-def _asked(method: Any, *arguments: Any) -> Any:
-    """What another slot says; it has a thread for that."""
-    return ray.get(method.options(concurrency_group="give").remote(*arguments), timeout=GIVE_LIMIT_S)
-
-
-def _fetched(giver: Any, preset: Preset, dataset: str, manifest: str) -> PreparedData | None:
-    """Data from another actor, None if it has none of that kind."""
-    # no limit: it may have to make it first, and Ray tells if it dies
-    parcel: Parcel | None = ray.get(giver.data_parcel.options(concurrency_group="give").remote(preset.name, dataset))
-    if parcel is None or manifest not in ("", parcel.manifest_sha256):
-        return None
-
-    def pieces(name: str, offsets: Iterable[int]) -> Generator[bytes]:
-        asked: deque[Any] = deque()
-        piece = giver.data_piece.options(concurrency_group="give")
-        for offset in offsets:
-            asked.append(piece.remote(preset.name, dataset, name, offset))
-            if len(asked) > PIECES_AHEAD:
-                yield ray.get(asked.popleft(), timeout=GIVE_LIMIT_S)
-        while asked:
-            yield ray.get(asked.popleft(), timeout=GIVE_LIMIT_S)
-
-    return fetch(preset, parcel, pieces)
-
-
-def gauged(device: str, threads: int) -> Speed | None:
-    """What the device reaches, by a process of its own; None if it cannot be told, which is no reason against a slot.
-
-    Args:
-        device: `cuda` or `cpu`.
-        threads: CPU threads of a trial on a CPU slot.
-    """
-    command = [sys.executable, "-P", "-m", "trainer.gauge", "--device", device]
-    command += ["--threads", str(threads)] if device == "cpu" else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=GAUGE_LIMIT_S)
-        found = json.loads(done.stdout)
-        return Speed(float(found["matmul_tflops"]), float(found["copy_gb_per_s"]))
-    except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError):
-        return None
 
 
 class _LocalRay:
@@ -434,7 +127,7 @@ class _Actor:
     running: RunSpec | None = None
     lost: int = 0  # runs in a row, while it lived
     lacks: str = ""  # the preset whose data its machine does not have
-    obtains: bool = False
+    obtains: bool = False  # it was told to get them
 
 
 class RayExecutor:
@@ -476,7 +169,7 @@ class RayExecutor:
         self._progress_at = 0.0
         self._has_asked = False
         self._unmade: set[str] = set()  # presets whose data a slot could not make: the others need not wait
-        self._asked = 0
+        self._turns = itertools.count(1)
         self._store: Any = None
         self._local: _LocalRay | None = None
         if address is None:
@@ -487,8 +180,8 @@ class RayExecutor:
         host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
         self._head, self._silent_at = (host.strip("[]"), int(port)), 0.0
         remote: Any = ray.remote
-        self._slot_class = remote(concurrency_groups={"control": 2, "give": 1, "fetch": 1})(_Slot)
-        self._store_class = remote(concurrency_groups={"give": 1})(_Store)
+        self._slot_class = remote(concurrency_groups={"control": 2, "give": 1, "fetch": 1})(Slot)
+        self._store_class = remote(concurrency_groups={"give": 1})(Store)
 
     # ---- the protocol ----
 
@@ -513,7 +206,7 @@ class RayExecutor:
         try:
             return self._poll(timeout_s)
         except (RayError, ConnectionError, RuntimeError) as error:
-            raise UserError(f"Ray is gone: {_said(error)}; start the study again, it goes on where it was") from None
+            raise UserError(f"Ray is gone: {said_by(error)}; start the study again, it goes on where it was") from None
 
     def cancel(self, trial_id: str) -> None:
         """Ends an attempt in flight."""
@@ -664,16 +357,16 @@ class RayExecutor:
         try:
             value: Any = ray.get(ref)
         except RayActorError as error:
-            return self._bury(actor, _said(error))
+            return self._bury(actor, said_by(error))
         except (RayError, UserError) as error:
             return self._raised(method, actor, getattr(error, "cause", None) or error)
         if method in _SETTING_UP:
             return self._described(actor, value)
         if method == "run":
             return self._came_back(actor, value)
-        if method != "progress" or not value or actor.slot is None or actor.running is None:
-            return []
-        return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
+        if method == "progress" and value and actor.slot and actor.running:
+            return [SlotProgress(actor.slot.id, str(value.get("phase", "")), _fraction(value.get("progress")))]
+        return []
 
     def _described(self, actor: _Actor, found: SlotInfo) -> list[Report]:
         """A slot is set up; the first one of a preset settles the data for all."""
@@ -687,7 +380,7 @@ class RayExecutor:
             return []
         against = data_refusal(found, plan.manifests.get(found.preset))
         if against is not None:
-            return self._raised("describe", actor, UserError(against))
+            return self._refuse(actor, against)
         if data:
             plan.manifests[found.preset] = data.manifest_sha256
         label, gpus = self._labels.get(actor.node, ("", 0))
@@ -699,12 +392,12 @@ class RayExecutor:
     def _supply(self) -> None:
         """Has slots get the data that they lack: from those that have them, else one makes them and the others wait."""
         actors = self._actors.values()
+        need_no_wait = {actor.slot.preset for actor in actors if actor.slot} | self._unmade
+        making = {actor.lacks for actor in actors if actor.obtains}
         for actor in actors:
             preset = actor.lacks
-            if not preset or actor.slot or actor.obtains:
-                continue
-            somebody_has = preset in self._unmade or any(one.slot and one.slot.preset == preset for one in actors)
-            if somebody_has or not any(one.obtains and one.lacks == preset for one in actors):
+            if preset and not actor.obtains and (preset in need_no_wait or preset not in making):
+                making.add(preset)
                 actor.obtains = True
                 dataset = self._plan.datasets.get(preset) or self._plan.dataset
                 manifest = self._plan.manifests.get(preset, "")
@@ -713,10 +406,9 @@ class RayExecutor:
     def _givers(self, actor: _Actor) -> list[tuple[str, Any]]:
         """Who may have the data that a slot lacks: other nodes, in turn, then the coordinator's machine."""
         joined = [other for other in self._actors.values() if other.slot and other.slot.preset == actor.lacks]
-        others = list({other.node: other for other in joined if other.node != actor.node}.values())
-        self._asked += 1
-        turn = self._asked % len(others) if others else 0
-        found = [(self._hosts[other.node], other.handle) for other in (*others[turn:], *others[:turn])][:MAX_GIVERS]
+        others = deque({other.node: other for other in joined if other.node != actor.node}.values())
+        others.rotate(-next(self._turns))  # or all would ask the same ones
+        found = [(self._hosts[other.node], other.handle) for other in others][:MAX_GIVERS]
         here = ray.get_runtime_context().get_node_id()
         if actor.node == here or here not in self._hosts:
             return found
@@ -758,18 +450,19 @@ class RayExecutor:
 
     def _raised(self, method: str, actor: _Actor, error: BaseException) -> list[Report]:
         """A method of an actor that lives raised: a slot that cannot be set up, or a full disk on the worker."""
-        reason = _said(error)
+        reason = said_by(error)
         if method == "run":
             return [*self._ended(actor, RunResult(Outcome.LOST, reason)), *self._retire(actor, reason)]
+        if method not in _SETTING_UP:
+            return []
         if method == "obtain":
             self._unmade.add(actor.lacks)
-        if method in _SETTING_UP and isinstance(error, OSError):
-            return self._retire(actor, reason)
-        if method in _SETTING_UP:
-            self._remove(actor)
-            self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
-            return [SlotFailed(actor.place, reason)]
-        return []
+        return self._retire(actor, reason) if isinstance(error, OSError) else self._refuse(actor, reason)
+
+    def _refuse(self, actor: _Actor, reason: str) -> list[Report]:
+        self._remove(actor)
+        self._failures[actor.node, actor.place] = MAX_FAILURES  # the same machine would say the same again
+        return [SlotFailed(actor.place, reason)]
 
     def _bury(self, actor: _Actor, reason: str) -> list[Report]:
         """An actor died, or its node: its run is lost, and its place is free for a new one."""
@@ -796,7 +489,7 @@ def _started(plan: SlotPlan, cpus: int, metrics_port: int | None) -> _LocalRay:
         return _LocalRay(plan, cpus, metrics_port)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise UserError(
-            f"Ray cannot be started on this machine: {_said(error)}; free memory and disk, or join one with --address"
+            f"Ray cannot be started on this machine: {said_by(error)}; free memory and disk, or join one with --address"
         ) from None
 
 
@@ -815,7 +508,7 @@ def _join(address: str) -> None:
         ray.init(address=named, **QUIET)
     except (ConnectionError, RuntimeError, ValueError, OSError, OverflowError, RayError) as error:
         raise UserError(
-            f"Ray is not reachable at {named!r}: {_said(error)}; start it with `ray start --head`, or drop --address"
+            f"Ray is not reachable at {named!r}: {said_by(error)}; start it with `ray start --head`, or drop --address"
         ) from None
 
 
@@ -871,17 +564,6 @@ def _set(values: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-def _said(error: BaseException) -> str:
-    """What an exception of Ray's says, in a line."""
-    text = " ".join(str(error).split())
-    _, found, detail = text.rpartition("Worker exit detail: ")
-    if found:
-        text = detail.split(" Some common causes")[0]
-    elif "Traceback" in text:
-        text = str(error).strip().splitlines()[-1]
-    return text if isinstance(error, UserError) else text[:300] or type(error).__name__
 
 
 def _fraction(value: object) -> float:

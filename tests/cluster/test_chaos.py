@@ -136,7 +136,7 @@ class Chaos:
         self.kill_one(self.cluster.bed.hosts[name].processes(), "supervisor.py")
 
     def slot(self, name: str) -> None:
-        self.kill_one(self.cluster.bed.hosts[name].processes(), "ray::_Slot")
+        self.kill_one(self.cluster.bed.hosts[name].processes(), "ray::Slot")
 
     def raylet(self, name: str) -> None:
         number = self.dice.choice([signal.SIGKILL, signal.SIGTERM])

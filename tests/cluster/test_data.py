@@ -66,7 +66,7 @@ def test_data_that_were_cut_off_twice_on_their_way_go_on_where_they_stopped(clus
     cluster.bed.plug(beta)
     until(lambda: arriving(beta) > cut_at, session, LIMIT_S)
     killed_at = arriving(beta)
-    beta.named("ray::_Slot")[0].kill()
+    beta.named("ray::Slot")[0].kill()
 
     def taken_in() -> bool:
         there = arriving(beta)

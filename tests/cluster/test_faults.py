@@ -99,7 +99,7 @@ def test_a_daemon_of_a_trial_that_is_killed_costs_nothing(cluster: Cluster):
 @pytest.mark.parametrize("host", ["alpha", "beta"])
 def test_a_slot_that_is_killed_comes_back_and_its_run_is_run_again(cluster: Cluster, host: str):
     session = busy(cluster)
-    actor = cluster.bed.hosts[host].named("ray::_Slot")[0]
+    actor = cluster.bed.hosts[host].named("ray::Slot")[0]
     actor.kill()
     until(lambda: cluster.outcomes()[Outcome.LOST], session)
     until(lambda: not cluster.orphans(), session)
