@@ -52,6 +52,7 @@ time.sleep(0.5)
 print(f"score: {abs(LR - 0.1) + abs(WIDTH - 100) / 1000 + time.time() % 0.001}")
 """
 PARTS = ("start", "import", "data", "build", "first_step", "train", "halfway", "eval", "holdout")
+TELLING = ("tokens_per_s", "mfu_measured_percent", "matmul_tflops", "sm_clock_mhz", "power_w", "throttled_share")
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,8 @@ def in_a_row(here: Here, count: int) -> None:
         for number in range(1, count + 1):
             measurement = here.run(f"t{number}", Path(folder), nursery, served=True)
             overhead(f"trial {number}: {measurement.wall_s:.1f} s in all, of which", [measurement])
+            facts = {name: measurement.facts[name] for name in TELLING if name in measurement.facts}
+            print(", ".join(f"{name} {value:,.0f}" for name, value in facts.items()) + "\n", flush=True)
     nursery.close()
 
 
