@@ -185,6 +185,15 @@ def test_a_study_has_the_directions_that_were_named_or_general_ones(capsys: pyte
     assert error.startswith("raysearch: program.md: frozen = 1: it must be a list of names")
 
 
+def test_a_folder_of_texts_means_the_same_on_every_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("files:texts", f"files:{tmp_path}/texts", "files:elsewhere/../texts"):
+        said(capsys, "--preset", "cpu", "--study", "s", "--dataset", name, "--address", "127.0.0.1:1")
+        assert f'dataset = "files:{tmp_path}/texts"' in (tmp_path / "studies/s/study.toml").read_text()
+
+
 def test_mirrors_are_kept_and_may_be_others_later(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     url = f"file://{tmp_path}/copy"
     there = tmp_path / "studies" / "s" / "study.toml"
