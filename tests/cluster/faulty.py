@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from hosts import ENVIRONMENT, Bed, Host
+from hosts import ENVIRONMENT, Bed, Host, until
 from session_kit import OBJECTIVE, Bench, OnDisk, Session, in_flight
 from toy import audit
 
-from raysearch import leftovers
 from raysearch.model import Outcome, Record, TrialFinished, TrialStarted
-from raysearch.runner import STUDY_MARK, read_result
+from raysearch.runner import read_result
 
 # Each kind of CPU has an optimum of its own, in a space that is not searched through in an hour, and each run leaves a
 # daemon behind that somebody must end.
@@ -154,12 +152,5 @@ def ends(events: list[Record]) -> list[TrialFinished]:
 
 
 def wait(holds: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
-    return found
-
-
-def marks_of(study: str) -> list[int]:
-    return leftovers.marked(lambda marks: marks.get(STUDY_MARK) == study)
+    """`until`, with the patience of a study."""
+    return until(holds, limit_s)

@@ -123,7 +123,7 @@ class Host:
         """As a pulled plug: every process at once."""
         self.process.kill()
         self.process.wait()
-        _until(lambda: not psutil.pid_exists(self.init) or psutil.Process(self.init).status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not psutil.pid_exists(self.init) or psutil.Process(self.init).status() == psutil.STATUS_ZOMBIE)
         self.process.stdin.close() if self.process.stdin else None
 
     def freeze(self) -> None:
@@ -191,7 +191,7 @@ class Bed:
             time.sleep(1.0)
             return self.nodes() is not None
 
-        _until(runs)
+        until(runs)
 
     def revive_head(self) -> None:
         """Starts a head where none answers; nodes of the old one would wait for that for a minute."""
@@ -240,10 +240,10 @@ class Bed:
             env=os.environ | ENVIRONMENT | env,
             stdin=subprocess.PIPE,
         )
-        init = _until(lambda: next((child.pid for child in psutil.Process(process.pid).children()), None))
+        init = until(lambda: next((child.pid for child in psutil.Process(process.pid).children()), None))
         host = Host(name, ip, process, init, str(self.path / "own"), cable)
         self.hosts[name] = host
-        _until((host.disk / "tmp").exists)
+        until((host.disk / "tmp").exists)
         self.run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(init))
         self.plug(host)
         assert process.stdin is not None
@@ -332,7 +332,8 @@ def _end(processes: Iterable[psutil.Process]) -> None:
     psutil.wait_procs(list(processes), timeout=10)
 
 
-def _until(holds: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
+def until(holds: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
+    """Waits for something to hold, and returns what it came to."""
     deadline = time.monotonic() + limit_s
     while not (found := holds()):
         assert time.monotonic() < deadline, "waited in vain"
