@@ -408,7 +408,7 @@ class RayExecutor:
         joined = [other for other in self._actors.values() if other.slot and other.slot.preset == actor.lacks]
         others = deque({other.node: other for other in joined if other.node != actor.node}.values())
         others.rotate(-next(self._turns))  # or all would ask the same ones
-        found = [(self._hosts[other.node], other.handle) for other in others][:MAX_GIVERS]
+        found = [(other.place.rpartition(":")[0], other.handle) for other in others][:MAX_GIVERS]
         here = ray.get_runtime_context().get_node_id()
         if actor.node == here or here not in self._hosts:
             return found
