@@ -93,6 +93,7 @@ def test_the_autoscaler_starts_the_kinds_of_nodes_that_are_wanted_and_no_others(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr("ray.autoscaler.v2.utils.cached_is_autoscaler_v2", None)  # of a test's cluster before
     (tmp_path / ".token").write_text("study")
     executor = RayExecutor(SlotPlan("study", "s", str(tmp_path), ".token", "", "", {}), address=address, device="cpu")
     bench = Bench(executor, tmp_path, "s")

@@ -72,7 +72,11 @@ class Chaos:
         """Lets everything come back."""
         wait(lambda: self.mend() or not self.later)
         at = len(self.cluster.events())
-        wait(lambda: self.mend() or len(self.measured(at)) == len(KINDS))
+        try:
+            wait(lambda: self.mend() or len(self.measured(at)) == len(KINDS))
+        except AssertionError:
+            print(self.cluster.bed.nodes(), self.cluster.bed.hosts, self.measured(at), self.session.said()[-5000:])
+            raise
 
     def measured(self, at: int) -> dict[str, float]:
         """When each profile had its first result since an event."""
