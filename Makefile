@@ -24,7 +24,7 @@ test: $(READY)
 cluster: $(READY)
 	$(BIN)/python -m pytest -m cluster
 
-# Of that all but each fault on its own: a quarter of an hour
+# Of that what CI runs, all but each fault on its own: a quarter of an hour
 chaos: $(READY)
 	$(BIN)/python -m pytest -s -rs -m cluster --ignore tests/cluster/test_faults.py
 

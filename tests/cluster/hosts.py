@@ -25,6 +25,7 @@ import pytest
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PORT = 20_000 + os.getpid() % 10_000  # Ray on the head takes a port for used when any process here names it
 LIMIT_S = 120.0
+START_S = 60.0  # after which `ray start` has made a raylet, or given up
 DISK_MB = 300  # of a host: Ray's logs, and the trials that do not see the study's folder
 # A frozen or cut-off node is given up after some 5 s, instead of the minute that Ray takes by default.
 WATCHFUL = {
@@ -118,6 +119,14 @@ class Host:
     def stop_ray(self) -> None:
         """Ends Ray; what it has started ends by itself, or does not."""
         _end(self.named("ray.scripts.scripts") + self.named("/raylet"))
+
+    def lacks_ray(self) -> bool:
+        """Whether nobody sees to Ray: `ray start --block` goes on for ever when its raylet was asked to end."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            starters = self.named("ray.scripts.scripts")
+            raylets = [process for process in self.processes() if process.name() == "raylet"]
+            return not raylets and all(time.time() - starter.create_time() > START_S for starter in starters)
+        return False
 
     def power_off(self) -> None:
         """As a pulled plug: every process at once."""

@@ -122,7 +122,8 @@ class Chaos:
             host = self.cluster.bed.hosts.get(name)
             if host is None:
                 self.cluster.bed.add(name, cpu=cpu, sees_study=sees)
-            elif not host.frozen and not host.named("ray.scripts.scripts"):
+            elif not host.frozen and host.lacks_ray():
+                host.stop_ray()
                 host.start_ray()
 
     def after(self, seconds: float, undo: Callable[[], None]) -> None:
