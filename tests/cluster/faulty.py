@@ -81,7 +81,8 @@ class Cluster(Bench):
             elif host.ip not in (self.bed.nodes() or {}):
                 host.start_ray()
         ips = {host.ip for host in self.bed.hosts.values()}
-        wait(lambda: set(self.bed.nodes() or {}) >= ips)
+        # a raylet that has just been killed may still have counted as a node above
+        wait(lambda: self.bed.see_to_ray() or set(self.bed.nodes() or {}) >= ips)
 
     def running(self, host: str = "", name: str = "quick") -> dict[str, TrialStarted]:
         """Attempts in flight, by trial; those of one host."""

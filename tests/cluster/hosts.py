@@ -25,6 +25,7 @@ import pytest
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 PORT = 20_000 + os.getpid() % 10_000  # Ray on the head takes a port for used when any process here names it
 LIMIT_S = 120.0
+SPAWN_S = 5.0  # after which a host has begun with what it was told to start
 START_S = 60.0  # after which `ray start` has made a raylet, or given up
 DISK_MB = 300  # of a host: Ray's logs, and the trials that do not see the study's folder
 # A frozen or cut-off node is given up after some 5 s, instead of the minute that Ray takes by default.
@@ -96,6 +97,7 @@ class Host:
     cable: str
     frozen: bool = False
     cut_off: bool = False
+    asked_at: float = 0.0  # to start Ray, by the monotonic clock
 
     @property
     def disk(self) -> Path:
@@ -111,7 +113,17 @@ class Host:
         """Its processes whose command line has a part."""
         return named(self.processes(), part)
 
+    def raylets(self) -> list[psutil.Process]:
+        """Its raylet, if there is one."""
+        found: list[psutil.Process] = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.name() == "raylet":
+                    found.append(process)
+        return found
+
     def start_ray(self) -> None:
+        self.asked_at = time.monotonic()
         assert self.process.stdin is not None
         self.process.stdin.write(b"ray\n")
         self.process.stdin.flush()
@@ -122,11 +134,8 @@ class Host:
 
     def lacks_ray(self) -> bool:
         """Whether nobody sees to Ray: `ray start --block` goes on for ever when its raylet was asked to end."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            starters = self.named("ray.scripts.scripts")
-            raylets = [process for process in self.processes() if process.name() == "raylet"]
-            return not raylets and all(time.time() - starter.create_time() > START_S for starter in starters)
-        return False
+        patience_s = START_S if self.named("ray.scripts.scripts") else SPAWN_S
+        return not self.raylets() and time.monotonic() - self.asked_at > patience_s
 
     def power_off(self) -> None:
         """As a pulled plug: every process at once."""
@@ -208,6 +217,13 @@ class Bed:
             for host in self.hosts.values():
                 host.stop_ray()
             self.start_head()
+
+    def see_to_ray(self) -> None:
+        """Starts Ray on hosts where nobody sees to it; frozen ones may have it."""
+        for host in self.hosts.values():
+            if not host.frozen and host.lacks_ray():
+                host.stop_ray()
+                host.start_ray()
 
     def inside(self, *command: str, host: Host | None = None) -> list[str]:
         """A command as it runs on the head, or on a host."""

@@ -118,13 +118,10 @@ class Chaos:
             assert code in (2, -signal.SIGKILL), self.session.said()
             assert "Traceback" not in self.session.said(), self.session.said()
             self.session = self.search()
+        self.cluster.bed.see_to_ray()
         for name, (cpu, sees) in KINDS.items():
-            host = self.cluster.bed.hosts.get(name)
-            if host is None:
+            if name not in self.cluster.bed.hosts:
                 self.cluster.bed.add(name, cpu=cpu, sees_study=sees)
-            elif not host.frozen and host.lacks_ray():
-                host.stop_ray()
-                host.start_ray()
 
     def after(self, seconds: float, undo: Callable[[], None]) -> None:
         self.later.append((time.time() + seconds, undo))
@@ -145,10 +142,9 @@ class Chaos:
 
     def raylet(self, name: str) -> None:
         number = self.dice.choice([signal.SIGKILL, signal.SIGTERM])
-        for process in self.cluster.bed.hosts[name].processes():
+        for raylet in self.cluster.bed.hosts[name].raylets():
             with contextlib.suppress(psutil.Error):
-                if process.name() == "raylet":
-                    process.send_signal(number)
+                raylet.send_signal(number)
 
     def power(self, name: str) -> None:
         self.cluster.bed.power_off(name)

@@ -110,7 +110,7 @@ def test_a_slot_that_is_killed_comes_back_and_its_run_is_run_again(cluster: Clus
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "asked to end"])
 def test_a_raylet_that_ends_takes_its_slots_along_and_the_machine_comes_back(cluster: Cluster, how: signal.Signals):
     session = busy(cluster, trials=1000)
-    (raylet,) = [process for process in cluster.bed.hosts["alpha"].processes() if process.name() == "raylet"]
+    (raylet,) = cluster.bed.hosts["alpha"].raylets()
     raylet.send_signal(how)
     until(lambda: cluster.outcomes()[Outcome.LOST], session)
     wait(lambda: not cluster.trees("alpha"))
