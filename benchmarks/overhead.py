@@ -265,7 +265,6 @@ def overhead(title: str, measurements: Sequence[Measurement]) -> None:
     rows["process without train"] = [m.wall_s - m.parts_s["train"] for m in measurements]
     rows["import ahead of the trial"] = [m.facts["import_ahead_seconds"] for m in measurements]
     table(title, rows, 3)
-    sys.stdout.flush()
 
 
 def table(title: str, rows: Mapping[str, Sequence[float]], digits: int) -> None:

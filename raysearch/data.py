@@ -17,6 +17,20 @@ from raysearch.errors import UserError
 from raysearch.objective import Preset
 from raysearch.parcels import Parcel, Pieces
 
+_FOLDER = "files:"
+
+
+def texts_of(dataset: str) -> Path | None:
+    """The folder that a dataset is, if it is one of the user's own texts."""
+    name = dataset.removeprefix(_FOLDER)
+    return Path(name).expanduser() if name and name != dataset else None
+
+
+def anywhere(dataset: str) -> str:
+    """A dataset's name as it means the same in every working directory."""
+    texts = texts_of(dataset)
+    return f"{_FOLDER}{texts.resolve()}" if texts else dataset
+
 
 @dataclass(frozen=True)
 class PreparedData:

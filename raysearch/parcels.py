@@ -77,7 +77,7 @@ def waiting_place(folder: Path, parcel: Parcel) -> Generator[Path]:
         shutil.rmtree(arriving, ignore_errors=True)
 
 
-def receive(parcel: Parcel, arriving: Path, pieces: Pieces) -> int:
+def receive(parcel: Parcel, arriving: Path, pieces: Pieces) -> None:
     """Fetches what is not there yet.
 
     Args:
@@ -85,14 +85,10 @@ def receive(parcel: Parcel, arriving: Path, pieces: Pieces) -> int:
         arriving: Where; what an earlier call has left there counts.
         pieces: Gives the pieces of a file (its name) at offsets in bytes.
 
-    Returns:
-        How many bytes came.
-
     Raises:
         UserError: The parcel names what is no file of such a folder, or a piece is not as long as it must be.
         OSError: There is no room.
     """
-    came = 0
     _check_room(parcel, arriving)
     for name, size_bytes in parcel.files.items():
         if Path(name).name != name:
@@ -106,8 +102,6 @@ def receive(parcel: Parcel, arriving: Path, pieces: Pieces) -> int:
                     raise UserError(f"data: {name} was changed while it was copied: it had {size_bytes} bytes")
                 file.write(content)
                 file.flush()  # what is there counts, if this process is killed now
-                came += len(content)
-    return came
 
 
 def _check_room(parcel: Parcel, arriving: Path) -> None:

@@ -316,13 +316,15 @@ def _say_who_is_asked(config: StudyConfig, before: StudyConfig, chosen: Mapping[
 def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the options say about the study itself, as `study.toml` has it."""
     from raysearch import minds, mirrors  # noqa: PLC0415 - numpy
+    from raysearch.data import anywhere  # noqa: PLC0415
 
     table: dict[str, Any] = {}
     if options["mirrors"]:
         table["mirrors"] = mirrors.chosen(options["mirrors"])
     if options["objective_file"]:
         table |= _objective_table(options["objective_file"])
-    plain = {"preset": options["preset"], "dataset": _anywhere(options["dataset"])}
+    named: str | None = options["dataset"]
+    plain = {"preset": options["preset"], "dataset": None if named is None else anywhere(named)}
     sections = {
         "budget": {"seconds": options["budget_s"], "tokens": options["budget_tokens"]},
         "search": {
@@ -404,13 +406,6 @@ def _base_program(options: Mapping[str, Any], config: StudyConfig) -> dict[str, 
         path = str(error).split(":", 1)[0]  # the user knows the file by where it lies
         raise UserError(str(error).replace(path, str(sources.get(path, path)), 1)) from None
     return files
-
-
-def _anywhere(dataset: str | None) -> str | None:
-    """A dataset's name as it means the same in every working directory."""
-    if not dataset or not dataset.startswith("files:") or dataset == "files:":
-        return dataset
-    return f"files:{Path(dataset.removeprefix('files:')).expanduser().resolve()}"
 
 
 def _prepare_here(config: StudyConfig, files: Mapping[str, str] | None) -> StudyConfig:

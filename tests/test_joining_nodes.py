@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ray_kit import START_LIMIT_S, Nodes, nodes
 from test_executors import Bench
+from trainer_kit import contents
 
 from raysearch import joining
 from raysearch.executors import Report, SlotFailed
@@ -116,10 +117,6 @@ def test_data_are_made_once_and_then_copied_from_node_to_node(cluster: Nodes, tm
 
 def prepared(homes: list[Path]) -> list[Path]:
     return [path.parent for home in homes for path in home.glob("data/*/manifest.json")]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_texts_of_a_folder_are_prepared_on_the_coordinator_s_machine_for_all(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trainer_kit import contents
 
 from raysearch import data, parcels
 from raysearch.errors import UserError
@@ -84,10 +85,6 @@ def test_no_piece_comes_twice_however_often_the_way_is_cut(large: Path, cuts: li
             break
     assert 6 <= given_pieces <= 6 + torn
     assert list(place.parent.iterdir()) == [place.with_name("d.arriving.lock")]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def tear(arriving: Path, torn_bytes: int) -> bool:

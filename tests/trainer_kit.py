@@ -152,3 +152,8 @@ def run_harness(source: str, data: Path, folder: Path, *options: str) -> Ran:
         gc.enable()
         gc.unfreeze()
     return Ran(code, folder / "out", json.loads((folder / "out" / "result.json").read_text()))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a data folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -84,13 +84,11 @@ def prepare(
     Raises:
         DataError: one line with the remedy: broken text, too little of it, no space, no network.
     """
-    if not force and _is_prepared(directory):
-        return load_manifest(directory)
-    with _building(directory) as building:
-        if not force and _is_prepared(directory):
-            return load_manifest(directory)  # another process has done it
-        manifest = _build(open_corpus(), building, vocab_size=vocab_size, row_tokens=row_tokens, shards=shards)
-        return _move_in(manifest, directory)
+
+    def build(building: Path) -> Manifest:
+        return _build(open_corpus(), building, vocab_size=vocab_size, row_tokens=row_tokens, shards=shards)
+
+    return _made_once(directory, build, force=force)
 
 
 def take(arrived: Path, request: "Request") -> Manifest:
@@ -105,12 +103,8 @@ def take(arrived: Path, request: "Request") -> Manifest:
     Raises:
         DataError: a file is missing or damaged, or these are other data than was asked for; nothing is taken in.
     """
-    directory = request.directory
-    if _is_prepared(directory):
-        return load_manifest(directory)
-    with _building(directory) as building:
-        if _is_prepared(directory):
-            return load_manifest(directory)
+
+    def copy(building: Path) -> Manifest:
         found = load_manifest(arrived)
         _check_same(found, request, shards_named=False, remedy="take another folder")
         require_space(building, sum(facts.bytes for facts in found.files.values()), f"a copy of {arrived}")
@@ -119,16 +113,19 @@ def take(arrived: Path, request: "Request") -> Manifest:
                 os.link(arrived / name, building / name)
             except OSError:  # another disk, or one without links
                 shutil.copyfile(arrived / name, building / name)
-        return _move_in(verify(building), directory)
+        return verify(building)
+
+    return _made_once(request.directory, copy)
 
 
 def _is_prepared(directory: Path) -> bool:
     return (directory / MANIFEST_FILE).exists()
 
 
-@contextlib.contextmanager
-def _building(directory: Path) -> Iterator[Path]:
-    """An empty folder beside a data folder, for one process at a time; what is left in it goes."""
+def _made_once(directory: Path, make: Callable[[Path], Manifest], *, force: bool = False) -> Manifest:
+    """Has a data folder made in one beside it and moved in, by one process at a time, unless it is prepared already."""
+    if not force and _is_prepared(directory):
+        return load_manifest(directory)
     import filelock  # noqa: PLC0415
 
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +136,13 @@ def _building(directory: Path) -> Iterator[Path]:
         except filelock.Timeout:
             say(f"another process prepares {directory}: waiting for it")
             stack.enter_context(lock.acquire())
+        if not force and _is_prepared(directory):
+            return load_manifest(directory)  # that process has done it
         building = directory.with_name(f"{directory.name}.building")
         shutil.rmtree(building, ignore_errors=True)  # of a call that was killed
         building.mkdir()
         stack.callback(shutil.rmtree, building, ignore_errors=True)
-        yield building
+        return _move_in(make(building), directory)
 
 
 def _build(corpus: Corpus, building: Path, *, vocab_size: int, row_tokens: int, shards: int) -> Manifest:

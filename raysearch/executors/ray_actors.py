@@ -30,7 +30,7 @@ from ray.exceptions import RayError
 
 from raysearch import objective, parcels, profile
 from raysearch.compile_cache import PIECE_BYTES, Archive, CompileCache, open_cache
-from raysearch.data import PreparedData, fetch, find, offer, prepare
+from raysearch.data import PreparedData, fetch, find, offer, prepare, texts_of
 from raysearch.errors import UserError
 from raysearch.executors import SlotInfo, Speed
 from raysearch.joining import Software, check_software, installed
@@ -45,7 +45,6 @@ GAUGE_LIMIT_S = 120.0  # importing torch from a cold disk takes most of it
 MATMUL_MARK = "RAYSEARCH_MATMUL_TFLOPS"  # tells a trial what a matmul reached on its slot
 GIVE_LIMIT_S = 120.0
 PIECES_AHEAD = 2  # of 8 MiB, in Ray's small store
-FOLDER = "files:"  # begins the name of a dataset that is a folder of the user's
 PARCEL_S = 600.0  # how long a packed cache is good for others who ask
 
 
@@ -110,8 +109,8 @@ class Store(_Giver):
         """What it can give; of a folder that is only here, it is made when it is first asked for."""
         if (preset, dataset) not in self._data:
             chosen = objective.named_preset(objective.load_presets(), preset)
-            found = find(chosen, dataset)
-            if not found and dataset.startswith(FOLDER) and Path(dataset.removeprefix(FOLDER)).is_dir():
+            found, texts = find(chosen, dataset), texts_of(dataset)
+            if not found and texts and texts.is_dir():
                 found = prepare(chosen, dataset)
             if found:
                 self._data[preset, dataset] = found
@@ -290,15 +289,15 @@ def _check_disk(folder: str | Path) -> None:
         raise OSError(errno.ENOSPC, full)
 
 
-def _asked(method: Any, *arguments: Any) -> Any:
+def _asked(method: Any, *arguments: Any, limit_s: float | None = GIVE_LIMIT_S) -> Any:
     """What another slot says; it has a thread for that."""
-    return ray.get(method.options(concurrency_group="give").remote(*arguments), timeout=GIVE_LIMIT_S)
+    return ray.get(method.options(concurrency_group="give").remote(*arguments), timeout=limit_s)
 
 
 def _fetched(giver: Any, preset: Preset, dataset: str, manifest: str) -> PreparedData | None:
     """Data from another actor, None if it has none of that kind."""
     # no limit: it may have to make it first, and Ray tells if it dies
-    parcel: Parcel | None = ray.get(giver.data_parcel.options(concurrency_group="give").remote(preset.name, dataset))
+    parcel: Parcel | None = _asked(giver.data_parcel, preset.name, dataset, limit_s=None)
     if parcel is None or manifest not in ("", parcel.manifest_sha256):
         return None
 

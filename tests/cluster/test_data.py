@@ -11,6 +11,7 @@ import pytest
 from faulty import LIMIT_S, Cluster, wait
 from hosts import Host, bed
 from session_kit import until
+from trainer_kit import contents
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -42,9 +43,9 @@ def arriving(host: Host) -> int:
         return 0
 
 
-def contents(data: Path) -> dict[str, bytes]:
+def prepared(data: Path) -> dict[str, bytes]:
     (manifest,) = data.glob("*/manifest.json")
-    return {path.name: path.read_bytes() for path in manifest.parent.iterdir()}
+    return contents(manifest.parent)
 
 
 def test_data_that_were_cut_off_twice_on_their_way_go_on_where_they_stopped(cluster: Cluster):
@@ -77,7 +78,7 @@ def test_data_that_were_cut_off_twice_on_their_way_go_on_where_they_stopped(clus
     until(taken_in, session, LIMIT_S)
     until(lambda: "joined as" in session.said(), session, LIMIT_S)
     assert "data copied from head" in session.said()
-    assert contents(beta.disk / "cache/data") == contents(cluster.bed.path / "own/cache/data")
+    assert prepared(beta.disk / "cache/data") == prepared(cluster.bed.path / "own/cache/data")
     until(cluster.outcomes, session, LIMIT_S)
     session.process.terminate()
     assert session.ends(LIMIT_S) == 130, session.said()
