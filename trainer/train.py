@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.adamw import adamw
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Knobs. A search moves the constants that have a range in their comment. The others gained less in published runs; they
@@ -70,23 +71,24 @@ WIDTH = HEADS * HEAD_DIM
 # ----------------------------------------------------------------------------------------------------------------------
 
 HAS_TRITON = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-if HAS_TRITON:
-    torch._dynamo.config.recompile_limit = 64  # one graph a shape of batch, with and without gradients
 
 
 def compiled(function):
     """Compiles a function for CUDA tensors and leaves it as it is for others: on a CPU that takes longer than it saves.
 
     Small functions on tensors, and not the whole model: layers of one shape share a graph, which is compiled once in a
-    few seconds, and found again in the cache after an edit of anything else.
+    few seconds, and found again in the cache after an edit of anything else. The compiler is loaded at the first call:
+    that takes seconds, and a card for which all kernels below are written never asks for it.
     """
-    if not HAS_TRITON:
-        return function
-    fast = torch.compile(function, dynamic=False, fullgraph=True)
+
+    @functools.cache
+    def fast():
+        torch._dynamo.config.recompile_limit = 64  # one graph a shape of batch, with and without gradients
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     @functools.wraps(function)
     def call(*inputs, **options):
-        return (fast if inputs[0].is_cuda else function)(*inputs, **options)
+        return (fast() if HAS_TRITON and inputs[0].is_cuda else function)(*inputs, **options)
 
     return call
 
@@ -142,14 +144,18 @@ def ngram_rows(tokens: Tensor, rows: int) -> Tensor:
     return torch.stack(hashes, dim=-1)
 
 
-@compiled
-def embed(tokens: Tensor, table: Tensor, ngrams: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Normalised embeddings of tokens (B, T), (B, T, C): of the token itself, and of the last few."""
+def plain_embed(
+    tokens: Tensor, table: Tensor, places: Tensor | None, ngrams: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Normalised embeddings of tokens (B, T), (B, T, C): of the token itself, and of the last few.
+
+    Each length of the last few has its own part of the channels, read at its own row of ngrams: places (B, T, parts).
+    """
     x = F.embedding(tokens, table)
-    if ngrams is not None:
-        parts, rows = len(NGRAMS), len(ngrams)
-        places = ngram_rows(tokens, rows) * parts + torch.arange(parts, device=tokens.device)
-        x = x + F.embedding(places, ngrams.view(rows * parts, -1)).flatten(-2)
+    if places is not None and ngrams is not None:
+        parts = places.size(-1)
+        own = places * parts + torch.arange(parts, device=tokens.device)
+        x = x + F.embedding(own, ngrams.view(len(ngrams) * parts, -1)).flatten(-2)
     return norm(x).to(dtype)
 
 
@@ -180,8 +186,7 @@ def plain_mlp(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return project(F.relu(project(h, up)).square(), down)
 
 
-@compiled
-def capped_logits(h: Tensor, unembed: Tensor) -> Tensor:
+def plain_capped_logits(h: Tensor, unembed: Tensor) -> Tensor:
     """float32 logits (B, T, V), squashed into ±SOFT_CAP."""
     return SOFT_CAP * torch.tanh(project(h, unembed).float() / SOFT_CAP)
 
@@ -248,6 +253,57 @@ if HAS_TRITON:
         tl.store(losses + row, CAP + tl.log(total) - CAP * tl.sum(tl.where(hit, t, 0.0)))
         slope = (powers / total - tl.where(hit, 1.0, 0.0)) * (1 - t * t)
         tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def soft_cap_kernel(logits, out, count, CAP: tl.constexpr, BLOCK: tl.constexpr):
+        """float32 logits from bfloat16 ones, after the soft cap."""
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + place, place < count).to(tl.float32)
+        tl.store(out + place, CAP * (2 / (1 + tl.exp(-2 / CAP * x)) - 1), place < count)
+
+    @triton.jit(do_not_specialize=["parts"])
+    def embed_kernel(
+        tokens, table, places, ngrams, out, inverse, rows, parts, C: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """plain_embed; notes 1 / RMS of each row. Without ngrams parts is 0."""
+        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+        inside = (row < rows) & (column < C)
+        y = tl.load(table + tl.load(tokens + row, row < rows, 0) * C + column, inside, 0.0)
+        more = inside & (parts != 0)
+        place = tl.load(places + row.to(tl.int64) * parts + column * parts // C, more, 0)
+        y += tl.load(ngrams + place * C + column, more, 0.0)
+        scale = tl.rsqrt(tl.sum(y * y, 1) / C + 1e-6)[:, None]
+        tl.store(inverse + row, scale, row < rows)
+        tl.store(out + row.to(tl.int64) * C + column, (y * scale).to(out.dtype.element_ty), inside)
+
+    @triton.jit(do_not_specialize=["parts"])
+    def embed_backward_kernel(
+        grad, out, inverse, tokens, places, grad_table, grad_ngrams, rows, parts, C: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Adds the gradients of both tables to what is there."""
+        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+        inside, place = (row < rows) & (column < C), row.to(tl.int64) * C + column
+        g, y = tl.load(grad + place, inside, 0.0).to(tl.float32), tl.load(out + place, inside, 0.0).to(tl.float32)
+        g = tl.load(inverse + row, row < rows, 0.0) * (g - y * (tl.sum(g * y, 1) / C)[:, None])
+        tl.atomic_add(grad_table + tl.load(tokens + row, row < rows, 0) * C + column, g, inside, sem="relaxed")
+        more = inside & (parts != 0)
+        entry = tl.load(places + row.to(tl.int64) * parts + column * parts // C, more, 0) * C + column
+        tl.atomic_add(grad_ngrams + entry, g, more, sem="relaxed")
+
+    @triton.jit
+    def descend_kernel(
+        weights, update, factor, lr, decay, count, matrix, columns, BY_ROW: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """plain_descend of matrices that lie one behind the other, each of so many weights."""
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside, neuron = place < count, place // columns
+        if not BY_ROW:
+            neuron = place // matrix * columns + place % columns
+        w, u = tl.load(weights + place, inside, 0.0), tl.load(update + place, inside, 0.0).to(tl.float32)
+        u *= tl.load(factor + neuron, inside, 0.0)
+        tl.store(weights + place, w - lr * (u + tl.where(u * w > 0, decay * w, 0.0)), inside)
 
     # One kernel for all layers, what a layer lacks is masked: each variant would take most of a second to compile.
     @triton.jit(do_not_specialize=["keep", "add", "adds", "mixes", "heads"])
@@ -431,6 +487,43 @@ def given(tensor: Tensor | None, instead: Tensor | None) -> Tensor | None:
     return instead if tensor is None else tensor
 
 
+def row_grid(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the sizes of a kernel whose programs take whole rows of that width, some 2048 numbers each."""
+    block = triton.next_power_of_2(width)
+    at_once = max(1, 2048 // block)
+    return (triton.cdiv(rows, at_once),), {"C": width, "ROWS": at_once, "BLOCK": block}
+
+
+class FusedEmbed(torch.autograd.Function):
+    """plain_embed in one pass; its gradients are added up where they belong, without a tensor of them all."""
+
+    @staticmethod
+    def forward(
+        ctx, tokens: Tensor, table: Tensor, places: Tensor | None, ngrams: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Takes tokens (B, T), table (V, C) float32, places (B, T, parts) and ngrams; returns (B, T, C)."""
+        C, rows = table.size(1), tokens.numel()
+        ctx.parts = 0 if places is None else places.size(-1)
+        out, inverse = table.new_empty(*tokens.shape, C, dtype=dtype), table.new_empty(rows)
+        ctx.grid, ctx.sizes = row_grid(rows, C)
+        embed_kernel[ctx.grid](
+            tokens, table, given(places, tokens), given(ngrams, table), out, inverse, rows, ctx.parts, **ctx.sizes
+        )
+        ctx.save_for_backward(out, inverse, tokens, table, places, ngrams)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Through the norm, and into the rows that were read."""
+        out, inverse, tokens, table, places, ngrams = ctx.saved_tensors
+        grad_table, grad_ngrams = torch.zeros_like(table), None if ngrams is None else torch.zeros_like(ngrams)
+        embed_backward_kernel[ctx.grid](
+            grad.contiguous(), out, inverse, tokens, given(places, tokens), grad_table, given(grad_ngrams, grad_table),
+            len(inverse), ctx.parts, **ctx.sizes,
+        )  # fmt: skip
+        return None, grad_table, None, grad_ngrams, None
+
+
 class FusedAddNorm(torch.autograd.Function):
     """plain_add_norm in one pass over its tensors, forward and backward.
 
@@ -453,9 +546,7 @@ class FusedAddNorm(torch.autograd.Function):
         ctx.adds, ctx.mixes, ctx.head = other is not None, x0 is not None, head
         out = torch.empty_like(x) if ctx.adds or ctx.mixes else x
         h, some = torch.empty_like(x), x.new_empty(*x.shape[:-1], head) if head else None
-        ctx.sizes = {"C": C, "BLOCK": triton.next_power_of_2(C)}
-        ctx.sizes["ROWS"] = max(1, 2048 // ctx.sizes["BLOCK"])
-        ctx.grid = (triton.cdiv(rows, ctx.sizes["ROWS"]),)
+        ctx.grid, ctx.sizes = row_grid(rows, C)
         one = x.new_ones((), dtype=torch.float32) if keep is None or add is None else None
         add_norm_kernel[ctx.grid](
             x, given(other, x), given(x0, x), given(keep, one), given(add, one), out, h, given(some, x), rows,
@@ -677,6 +768,13 @@ class CudnnAttention:
         return cudnn
 
 
+def embed(tokens: Tensor, table: Tensor, ngrams: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Normalised embeddings of tokens (B, T), and of the last few at each place where there are ngrams: (B, T, C)."""
+    places = None if ngrams is None else ngram_rows(tokens, len(ngrams))
+    fused = tokens.is_cuda and HAS_TRITON
+    return (FusedEmbed.apply if fused else plain_embed)(tokens, table, places, ngrams, dtype)
+
+
 def add_norm(
     x: Tensor,
     other: Tensor | None,
@@ -711,11 +809,21 @@ def mlp(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (FusedMLP.apply if h.is_cuda and has_hopper_kernels() else plain_mlp)(h, up, down)
 
 
+def capped_logits(h: Tensor, unembed: Tensor) -> Tensor:
+    """float32 logits (B, T, V), squashed into ±SOFT_CAP; without gradients where there is a kernel."""
+    if not h.is_cuda or not HAS_TRITON or torch.is_grad_enabled():
+        return plain_capped_logits(h, unembed)
+    logits = project(h, unembed)
+    out, count = torch.empty_like(logits, dtype=torch.float32), logits.numel()
+    soft_cap_kernel[(triton.cdiv(count, 4096),)](logits, out, count, SOFT_CAP, 4096)
+    return out
+
+
 def cross_entropy(h: Tensor, unembed: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the capped logits of h (B, T, C) against targets (B, T)."""
     if h.is_cuda and HAS_TRITON:
         return FusedLoss.apply(h, unembed, targets)
-    return F.cross_entropy(capped_logits(h, unembed).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(plain_capped_logits(h, unembed).flatten(0, 1), targets.flatten())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -849,17 +957,19 @@ def orthogonalise(G: Tensor, dtype: torch.dtype) -> Tensor:
     return X.mT if tall else X
 
 
-@compiled
-def nesterov(G: Tensor, mean: Tensor, momentum: Tensor) -> Tensor:
-    """Takes gradients into their mean (both flat), in place, and returns the mean that the next one would make."""
-    mean.mul_(momentum).add_(G * (1 - momentum))
-    return G * (1 - momentum) + mean * momentum
-
-
-@compiled
-def descend(W: Tensor, update: Tensor, lr: Tensor, decay: Tensor) -> None:
-    """Takes an update from the weights (both flat), in place, and decays those that it makes smaller."""
+def plain_descend(W: Tensor, update: Tensor, factor: Tensor, lr: float, decay: float) -> None:
+    """Takes an update times its factor from the weights (N, rows, columns), in place; decays what it makes smaller."""
+    update = update * factor
     W.sub_(lr * (update + decay * W * (update * W > 0)))
+
+
+def descend(W: Tensor, update: Tensor, factor: Tensor, lr: float, decay: float) -> None:
+    """plain_descend, in one pass on a card: it touches all weights of the layers at each step."""
+    if not W.is_cuda or not HAS_TRITON:
+        return plain_descend(W, update, factor, lr, decay)
+    grid, columns = (triton.cdiv(W.numel(), 1024),), W.size(-1)
+    sizes = W.numel(), W[0].numel(), columns
+    descend_kernel[grid](W, update.contiguous(), factor, lr, decay, *sizes, factor.size(-1) == 1, 1024)
 
 
 def muon_update(
@@ -868,16 +978,15 @@ def muon_update(
     mean: Tensor,
     square: Tensor,
     *,
-    lr: Tensor,
-    momentum: Tensor,
-    decay: Tensor,
+    lr: float,
+    momentum: float,
+    decay: float,
     dtype: torch.dtype,
 ) -> None:
     """One step of Muon on matrices of one shape, in place.
 
     Nesterov momentum, orthogonalised; evened out between neurons by a running mean of their squares (NorMuon,
-    arXiv:2510.05491); decay only where it goes the update's way (cautious, arXiv:2411.16085). What a schedule changes
-    is a 0-d tensor, so that it compiles once.
+    arXiv:2510.05491); decay only where it goes the update's way (cautious, arXiv:2411.16085).
 
     Args:
         W: Weights (N, rows, columns).
@@ -889,7 +998,8 @@ def muon_update(
         decay: Of the weights, times lr.
         dtype: Of the orthogonalisation.
     """
-    update = orthogonalise(nesterov(G.view(-1), mean.view(-1), momentum).view_as(G), dtype)
+    mean.lerp_(G, 1 - momentum)
+    update = orthogonalise(G.lerp(mean, momentum), dtype)
     across = -1 if square.size(-1) == 1 else -2
     size = torch.linalg.vector_norm(update, dim=across, keepdim=True, dtype=torch.float32).square()  # of each neuron's
     square.lerp_(size / update.size(across), 1 - MUON_BETA2)
@@ -897,17 +1007,7 @@ def muon_update(
     # the whole update stays as long as it was
     whole, evened = (x.sum(dim=(-2, -1), keepdim=True) for x in (size, size * factor.square()))
     factor = factor * (whole / evened.clamp_min(1e-20)).sqrt()
-    descend(W.view(-1), (update * factor).reshape(-1), lr, decay)
-
-
-@compiled
-def adam_update(
-    W: Tensor, G: Tensor, mean: Tensor, square: Tensor, *, lr: Tensor, beta1: Tensor, unbias: Tensor, decay: Tensor
-) -> None:
-    """One step of AdamW in place; lr and unbias (0-d) carry the corrections of the two means for their start at 0."""
-    mean.lerp_(G, 1 - beta1)
-    square.lerp_(G.square(), 1 - ADAM_BETA2)
-    W.sub_(lr * (mean / ((square * unbias).sqrt() + 1e-10) + decay * W))
+    descend(W, update, factor, lr, decay)
 
 
 class Optimizer:
@@ -923,32 +1023,31 @@ class Optimizer:
             (SCALAR_LR * 0.01, 0.0, ADAM_BETA1, [model.residual_scale]),  # it multiplies through all layers
             (SCALAR_LR, 0.0, X0_BETA1, [model.x0_scale]),
         ]
-        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for *_, ps in self.adam for p in ps}
-        self.muon = [MatrixBank(ps, shape) for shape, ps in matrices_by_shape(model).items()]
-        self.lr, self.unbias, self.beta1, self.momentum, self.decay = (torch.zeros((), device=device) for _ in range(5))
-        self.dtype, self.steps = compute_dtype(device), 0
+        self.moments = {  # two means and the number of steps
+            p: (torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=device))
+            for *_, parameters in self.adam
+            for p in parameters
+        }
+        self.muon = [MatrixBank(parameters, shape) for shape, parameters in matrices_by_shape(model).items()]
+        self.dtype = compute_dtype(device)
 
     @torch.no_grad()
     def step(self, progress: float) -> None:
         """Updates all parameters from their gradients, with the rates of this progress, and clears the gradients."""
-        self.steps += 1
         scale = lr_scale(progress)
-        self.unbias.fill_(1 / (1 - ADAM_BETA2**self.steps))
         for lr, decay, beta1, parameters in self.adam:
-            self.lr.fill_(lr * scale / (1 - beta1**self.steps))
-            self.decay.fill_(decay)
-            self.beta1.fill_(beta1)
-            rates = {"lr": self.lr, "beta1": self.beta1, "unbias": self.unbias, "decay": self.decay}
-            for p in parameters:
-                if p.grad is not None:  # an edit may leave a parameter without use
-                    adam_update(p, p.grad, *self.moments[p], **rates)
+            used = [p for p in parameters if p.grad is not None]  # an edit may leave a parameter without use
+            gradients, moments = [p.grad for p in used], [self.moments[p] for p in used]
+            means, squares, steps = ([one[i] for one in moments] for i in range(3))
+            rates = {"lr": lr * scale, "beta1": beta1, "beta2": ADAM_BETA2, "weight_decay": decay, "eps": 1e-10}
+            # the function, because the class loads torch's compiler
+            adamw(used, gradients, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, **rates)
+            for p in used:
                 p.grad = None
-        self.momentum.fill_(momentum(progress))
-        self.decay.fill_(WEIGHT_DECAY * (1 - progress))
         for bank in self.muon:
-            self.lr.fill_(MATRIX_LR * scale * bank.lr_factor)
-            rates = {"lr": self.lr, "momentum": self.momentum, "decay": self.decay}
-            muon_update(bank.weights, bank.gradients, bank.mean, bank.square, **rates, dtype=self.dtype)
+            rates = {"lr": MATRIX_LR * scale * bank.lr_factor, "decay": WEIGHT_DECAY * (1 - progress)}
+            momenta = {"momentum": momentum(progress), "dtype": self.dtype}
+            muon_update(bank.weights, bank.gradients, bank.mean, bank.square, **rates, **momenta)
             bank.gradients.zero_()
 
 
