@@ -33,6 +33,7 @@ NGRAMS = (2, 3, 4, 5)  # how many tokens; each length has its own part of the ch
 SOFT_CAP = 15.0  # logits are squashed into ±SOFT_CAP
 INIT_SCALE = 0.68  # standard deviation of the matrices that read the residual stream, times the root of its width
 X0_INIT = 0.05  # how much of the token embedding each layer adds again, at first
+FLOAT8 = True  # in {True, False}: where there are kernels for it, layers and output matrix multiply in 8 bits
 ROPE_BASE = 200000.0  # the rotary embedding's longest wavelength, over 2π
 # Batch
 # rule: TOTAL_BATCH_SIZE % SEQ_LEN == 0
@@ -98,6 +99,16 @@ def has_hopper_kernels() -> bool:
     """Whether the kernels below that are written for Hopper run here; every one of them has a plain version."""
     hopper = HAS_TRITON and torch.cuda.get_device_capability()[0] == 9
     return hopper and importlib.util.find_spec("cudnn") is not None
+
+
+import os  # TEMP
+
+
+def has_float8() -> bool:
+    """Whether the large products are to be in 8 bits: with the kernels for Hopper alone."""
+    if not torch.is_grad_enabled() and os.environ.get("EVAL16"):
+        return False
+    return FLOAT8 and has_hopper_kernels()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -237,10 +248,13 @@ if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
-    def loss_kernel(logits, targets, losses, weight, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    def loss_kernel(
+        logits, targets, losses, eighths, weight, V: tl.constexpr, CAP: tl.constexpr, FLOAT8: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
         """One row's cross-entropy after the soft cap; its gradient times weight takes the place of the logits.
 
-        No maximum is subtracted: no capped logit is above CAP.
+        No maximum is subtracted: no capped logit is above CAP. With FLOAT8 the gradient is also written in 8 bits.
         """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
@@ -253,6 +267,8 @@ if HAS_TRITON:
         tl.store(losses + row, CAP + tl.log(total) - CAP * tl.sum(tl.where(hit, t, 0.0)))
         slope = (powers / total - tl.where(hit, 1.0, 0.0)) * (1 - t * t)
         tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
+        if FLOAT8:
+            tl.store(eighths + row * V + column, (slope * 256).to(tl.float8e4nv), mask=inside)
 
     @triton.jit
     def soft_cap_kernel(logits, out, count, CAP: tl.constexpr, BLOCK: tl.constexpr):
@@ -308,10 +324,10 @@ if HAS_TRITON:
     # One kernel for all layers, what a layer lacks is masked: each variant would take most of a second to compile.
     @triton.jit(do_not_specialize=["keep", "add", "adds", "mixes", "heads"])
     def add_norm_kernel(
-        x, other, x0, keep, add, out, h, head, rows, adds, mixes, heads, C: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK: tl.constexpr,
+        x, other, x0, keep, add, out, h, h8, head, rows, adds, mixes, heads, FLOAT8: tl.constexpr, C: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """plain_add_norm; also copies the first channels of the norm. What there is not has 0 as its last numbers."""
+        """plain_add_norm; also the norm in 8 bits and its first channels. What there is not has 0 as its last numbers."""
         row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
         place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
         mixed = inside & (mixes != 0)
@@ -322,6 +338,8 @@ if HAS_TRITON:
         tl.store(out + place, y.to(out.dtype.element_ty), inside & (adds + mixes != 0))
         y = (y * tl.rsqrt(tl.sum(y * y, 1) / C + 1e-6)[:, None]).to(h.dtype.element_ty)
         tl.store(h + place, y, inside)
+        if FLOAT8:
+            tl.store(h8 + place, y.to(tl.float8e4nv), inside)
         tl.store(head + row.to(tl.int64) * heads + column, y, inside & (column < heads))
 
     @triton.jit(do_not_specialize=["keep", "add", "heads", "has_out", "mixes", "has_x0"])
@@ -417,31 +435,87 @@ if HAS_TRITON:
         return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
     @triton.jit
+    def float8_kernel(x, out, count, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+        """Numbers times SCALE in 8 bits; what is too large becomes the largest there is."""
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        y = tl.load(x + place, place < count, 0.0) * SCALE
+        tl.store(out + place, y.to(tl.float8e4nv), place < count)
+
+    @triton.jit
+    def float8_rows_kernel(x, out, scales, rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        """Each row in 8 bits, divided by a scale of its own that lets its largest number be the largest there is."""
+        row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+        place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
+        y = tl.load(x + place, inside, 0.0).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(y), 1) / 448, 1e-30)[:, None]
+        tl.store(scales + row, scale, row < rows)
+        tl.store(out + place, (y / scale).to(tl.float8e4nv), inside)
+
+    @triton.jit
     def relu2_kernel(
-        a, b, activation, out, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-        PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr,
+        a, b, activation, out, out8, scales, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        BK: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, FLOAT8: tl.constexpr,
     ):  # fmt: skip
-        """Writes relu(a bᵀ)²; backward: a b · 2 √activation, the gradient before the squared ReLU. a: (M, K)."""
+        """Writes relu(a bᵀ)²; backward: a bᵀ · 2 √activation, the gradient before the squared ReLU. a: (M, K)."""
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
             m, n = tile_of(number, tiles_m, tiles_n, 8)
             sums = tl.zeros((BM, BN), tl.float32)
             for k in range(0, K, BK):
-                if BACKWARD:
-                    sums = tl.dot(a.load([m * BM, k]), b.load([k, n * BN]), sums)
-                else:
-                    sums = tl.dot(a.load([m * BM, k]), b.load([n * BN, k]).T, sums)
+                sums = tl.dot(a.load([m * BM, k]), b.load([n * BN, k]).T, sums)
             left, right = halves(sums)
+            if FLOAT8:
+                left, right = left * 0.015625, right * 0.015625
             if BACKWARD:
                 one, two = halves(activation.load([m * BM, n * BN]))
                 left *= 2 * tl.sqrt(one.to(tl.float32))
-                out.store([m * BM, n * BN], left.to(tl.bfloat16))
                 right *= 2 * tl.sqrt(two.to(tl.float32))
-                out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
+                if FLOAT8:
+                    out8.store([m * BM, n * BN], (left * 0.03125).to(tl.float8e4nv))
+                    out8.store([m * BM, n * BN + BN // 2], (right * 0.03125).to(tl.float8e4nv))
+                    row = m * BM + tl.arange(0, BM)
+                    scale = tl.load(scales + row, row < M, 0.0)[:, None]
+                    left, right = left * scale, right * scale
             else:
                 left, right = tl.maximum(left, 0.0), tl.maximum(right, 0.0)
-                out.store([m * BM, n * BN], (left * left).to(tl.bfloat16))
-                out.store([m * BM, n * BN + BN // 2], (right * right).to(tl.bfloat16))
+                left, right = left * left, right * right
+                if FLOAT8:
+                    out8.store([m * BM, n * BN], (left * 0.125).to(tl.float8e4nv))
+                    out8.store([m * BM, n * BN + BN // 2], (right * 0.125).to(tl.float8e4nv))
+            out.store([m * BM, n * BN], left.to(tl.bfloat16))
+            out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
+
+
+def float8(weight: Tensor) -> Tensor:
+    """64 times a matrix in 8 bits."""
+    out = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    float8_kernel[(triton.cdiv(weight.numel(), 1024),)](weight, out, weight.numel(), 64.0, 1024)
+    return out
+
+
+def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in 8 bits, divided by a scale for each row, and the scales."""
+    (rows, columns), out = x.shape, torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    scales = x.new_empty(rows, 1, dtype=torch.float32)
+    grid, sizes = row_grid(rows, columns)
+    float8_rows_kernel[grid](x, out, scales, rows, **sizes)
+    return out, scales
+
+
+@functools.cache
+def constant(value: float, device: torch.device, *shape: int) -> Tensor:
+    """A float32 tensor of one value."""
+    return torch.full(shape, value, device=device)
+
+
+def product8(a: Tensor, b: Tensor, scale: float, scales: Tensor | None = None) -> Tensor:
+    """a bᵀ · scale in bfloat16, of 8-bit matrices (M, K) and (N, K); with scales (M, 1) also times those of the rows."""
+    if scales is None:
+        kind, one = F.ScalingType.TensorWise, constant(1.0, a.device, 1)
+        other = constant(scale, a.device, 1)
+    else:
+        kind, one, other = F.ScalingType.RowWise, scales, constant(scale, a.device, 1, len(b))
+    return F.scaled_mm(a, b.mT, one, kind, other, kind, output_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 class FusedLoss(torch.autograd.Function):
@@ -453,9 +527,13 @@ class FusedLoss(torch.autograd.Function):
     CHUNK_LOGITS = 2**27
 
     @staticmethod
-    def forward(ctx, h: Tensor, unembed: Tensor, targets: Tensor) -> Tensor:
-        """Takes h (B, T, C), unembed (V, C) float32, targets (B, T); returns a 0-d float32 tensor."""
+    def forward(ctx, h: Tensor, h8: Tensor | None, unembed: Tensor, targets: Tensor) -> Tensor:
+        """Takes h (B, T, C), the same in 8 bits, unembed (V, C) float32, targets (B, T); returns a 0-d float32 tensor."""
         rows, weight, targets = h.flatten(0, 1), unembed.to(h.dtype), targets.flatten()
+        rows8 = weight8 = weight8_t = None
+        if h8 is not None:
+            rows8, weight8 = h8.flatten(0, 1), float8(unembed)
+            weight8_t = weight8.mT.contiguous()
         (N, V), wants_grad = (len(rows), len(weight)), ctx.needs_input_grad[0]
         losses = torch.empty(N, device=h.device)
         grad_rows = torch.empty_like(rows) if wants_grad else None
@@ -463,13 +541,21 @@ class FusedLoss(torch.autograd.Function):
         size = max(1, FusedLoss.CHUNK_LOGITS // V)
         for begin in range(0, N, size):
             part = slice(begin, begin + size)
-            logits = rows[part] @ weight.mT
+            if rows8 is None:
+                logits, logits8 = rows[part] @ weight.mT, None
+            else:
+                logits = product8(rows8[part], weight8, 1 / 64)
+                logits8 = torch.empty_like(logits, dtype=torch.float8_e4m3fn)
             block = triton.next_power_of_2(V)
             loss_kernel[(len(logits),)](
-                logits, targets[part], losses[part], 1 / N, V, SOFT_CAP, block, num_warps=min(32, max(4, block // 1024))
-            )
+                logits, targets[part], losses[part], given(logits8, logits), 1 / N, V, SOFT_CAP, logits8 is not None,
+                block, num_warps=min(32, max(4, block // 1024)),
+            )  # fmt: skip
             if grad_rows is not None and grad_weight is not None:
-                torch.mm(logits, weight, out=grad_rows[part])
+                if logits8 is None:
+                    torch.mm(logits, weight, out=grad_rows[part])
+                else:
+                    grad_rows[part] = product8(logits8, weight8_t, 1 / (256 * 64 * N))
                 grad_weight += torch.mm(logits.mT, rows[part], out_dtype=torch.float32)
         ctx.save_for_backward(grad_rows, grad_weight)
         ctx.shape = h.shape
@@ -479,7 +565,7 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, grad):
         """The gradients were made on the way forward."""
         grad_rows, grad_weight = ctx.saved_tensors
-        return (grad_rows * grad.to(grad_rows.dtype)).view(ctx.shape), grad_weight * grad, None
+        return (grad_rows * grad.to(grad_rows.dtype)).view(ctx.shape), None, grad_weight * grad, None
 
 
 def given(tensor: Tensor | None, instead: Tensor | None) -> Tensor | None:
@@ -540,24 +626,31 @@ class FusedAddNorm(torch.autograd.Function):
         keep: Tensor | None,
         add: Tensor | None,
         head: int,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Takes x, other and x0 (B, T, C), keep and add 0-d float32; returns x, its norm, (B, T, head) of it, x0."""
+        in8: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Takes x, other and x0 (B, T, C), keep and add 0-d float32.
+
+        Returns x, its norm, (B, T, head) of it, x0, and the norm in 8 bits.
+        """
         C, rows = x.size(-1), x.numel() // x.size(-1)
         ctx.adds, ctx.mixes, ctx.head = other is not None, x0 is not None, head
         out = torch.empty_like(x) if ctx.adds or ctx.mixes else x
         h, some = torch.empty_like(x), x.new_empty(*x.shape[:-1], head) if head else None
+        h8 = torch.empty_like(x, dtype=torch.float8_e4m3fn) if in8 else None
         ctx.grid, ctx.sizes = row_grid(rows, C)
         one = x.new_ones((), dtype=torch.float32) if keep is None or add is None else None
         add_norm_kernel[ctx.grid](
-            x, given(other, x), given(x0, x), given(keep, one), given(add, one), out, h, given(some, x), rows,
-            int(ctx.adds), int(ctx.mixes), head, **ctx.sizes,
+            x, given(other, x), given(x0, x), given(keep, one), given(add, one), out, h, given(h8, h),
+            given(some, x), rows, int(ctx.adds), int(ctx.mixes), head, h8 is not None, **ctx.sizes,
         )  # fmt: skip
         ctx.save_for_backward(out, x0, given(keep, one), given(add, one))
         ctx.set_materialize_grads(False)
-        return out, h, some, x0
+        if h8 is not None:
+            ctx.mark_non_differentiable(h8)
+        return out, h, some, x0, h8
 
     @staticmethod
-    def backward(ctx, grad_out, grad_h, grad_some, grad_x0):
+    def backward(ctx, grad_out, grad_h, grad_some, grad_x0, _):
         """With y = keep · x + add · x0, sums over x are had from those over y and x0, without reading x again."""
         out, x0, keep, add = ctx.saved_tensors
         grad_out, grad_h, grad_some = (g if g is None else g.contiguous() for g in (grad_out, grad_h, grad_some))
@@ -573,49 +666,87 @@ class FusedAddNorm(torch.autograd.Function):
         )  # fmt: skip
         grad_other = grad_x if ctx.adds else None
         if not ctx.mixes:
-            return grad_x, grad_other, None, None, None, None
+            return grad_x, grad_other, None, None, None, None, None
         with_y, with_x0 = sums.sum(0)
         grad_keep = (with_y - add * with_x0) / torch.where(keep == 0, torch.inf, keep)
-        return grad_x, grad_other, new_grad_x0, grad_keep, with_x0, None
+        return grad_x, grad_other, new_grad_x0, grad_keep, with_x0, None, None
 
 
 class FusedMLP(torch.autograd.Function):
     """plain_mlp with the squared ReLU inside the matrix products; keeps one hidden tensor instead of two."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """Takes h (B, T, C), up (R·C, C) and down (C, R·C) float32; returns (B, T, C)."""
-        rows, up16, down16 = h.flatten(0, 1), up.to(h.dtype), down.to(h.dtype)
-        hidden = FusedMLP.launch(rows, up16, None)
-        ctx.save_for_backward(rows, hidden, up16, down16)
-        return (hidden @ down16.mT).view(h.shape)
+    def forward(ctx, h: Tensor, h8: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        """Takes h (B, T, C), the same in 8 bits, up (R·C, C) and down (C, R·C) float32; returns (B, T, C)."""
+        rows, ctx.float8 = h.flatten(0, 1), h8 is not None
+        if h8 is None:
+            up, down = up.to(h.dtype), down.to(h.dtype)
+            hidden, _ = FusedMLP.launch(rows, up)
+            ctx.save_for_backward(rows, hidden, up, down)
+            return (hidden @ down.mT).view(h.shape)
+        up, down = float8(up), float8(down)
+        hidden, hidden8 = FusedMLP.launch(h8.flatten(0, 1), up)
+        ctx.save_for_backward(rows, hidden, up, down)
+        return product8(hidden8, down, 8 / 64).view(h.shape)
 
     @staticmethod
     def backward(ctx, grad):
         """Through the squared ReLU, whose slope is 2 √hidden."""
         rows, hidden, up, down = ctx.saved_tensors
         shape, grad = grad.shape, grad.flatten(0, 1)
-        inner = FusedMLP.launch(grad, down, hidden)
+        down = down.mT.contiguous()
+        if ctx.float8:
+            grad8, scales = float8_rows(grad)
+            inner, inner8 = FusedMLP.launch(grad8, down, hidden, scales)
+            grad_rows = product8(inner8, up.mT.contiguous(), 32 / 64, scales)
+        else:
+            inner, _ = FusedMLP.launch(grad, down, hidden)
+            grad_rows = inner @ up
         grad_down = torch.mm(grad.mT, hidden, out_dtype=torch.float32)
         grad_up = torch.mm(inner.mT, rows, out_dtype=torch.float32)
-        return (inner @ up).view(shape), grad_up, grad_down
+        return grad_rows.view(shape), None, grad_up, grad_down
 
     @staticmethod
-    def launch(a: Tensor, b: Tensor, activation: Tensor | None) -> Tensor:
-        """relu2_kernel on as many programs as the card has processors."""
-        backward = activation is not None
-        (M, K), N = a.shape, b.size(1) if backward else b.size(0)
-        out = torch.empty(M, N, device=a.device, dtype=a.dtype)
-        BM, BN, BK, stages = (128, 256, 32, 5) if backward else (128, 256, 64, 3)  # what a processor's memory holds
+    def launch(
+        a: Tensor, b: Tensor, activation: Tensor | None = None, scales: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """relu2_kernel on as many programs as the card has processors; the result, and the same in 8 bits."""
+        backward, in8 = activation is not None, a.dtype == torch.float8_e4m3fn
+        (M, K), N = a.shape, b.size(0)
+        out = torch.empty(M, N, device=a.device, dtype=torch.bfloat16)
+        out8 = torch.empty(M, N, device=a.device, dtype=a.dtype) if in8 else None
+        BM, BN, BK, stages = 128, 256, *FusedMLP.STAGES[in8, backward]
         half = TensorDescriptor.from_tensor(out, [BM, BN // 2])
         programs = torch.cuda.get_device_properties(a.device).multi_processor_count
         relu2_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [BM, BK]),
-            TensorDescriptor.from_tensor(b, [BK, BN] if backward else [BN, BK]),
-            TensorDescriptor.from_tensor(activation, [BM, BN]) if backward else half,
-            half, M, N, K, BM, BN, BK, programs, backward, num_stages=stages, num_warps=8,
+            TensorDescriptor.from_tensor(b, [BN, BK]),
+            half if activation is None else TensorDescriptor.from_tensor(activation, [BM, BN]),
+            half, half if out8 is None else TensorDescriptor.from_tensor(out8, [BM, BN // 2]), given(scales, a),
+            M, N, K, BM, BN, BK, programs, backward, in8, num_stages=stages, num_warps=8,
         )  # fmt: skip
-        return out
+        return out, out8
+
+    # how many columns at a time, and how many tiles on their way: what a processor's memory holds
+    STAGES = {(False, False): (64, 3), (False, True): (32, 5), (True, False): (128, 3), (True, True): (64, 4)}
+
+
+class Float8Projection(torch.autograd.Function):
+    """project, forward in 8 bits: the gradients are those of the matrices as they are."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor, h8: Tensor, weight: Tensor) -> Tensor:
+        """Takes h (B, T, C), the same in 8 bits, weight (outputs, C) float32; returns (B, T, outputs)."""
+        ctx.save_for_backward(h, weight)
+        return product8(h8.flatten(0, 1), float8(weight), 1 / 64).view(*h.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Two products in bfloat16."""
+        h, weight = ctx.saved_tensors
+        grad = grad.flatten(0, 1)
+        grad_weight = torch.mm(grad.mT, h.flatten(0, 1), out_dtype=torch.float32)
+        return (grad @ weight.to(grad.dtype)).view(h.shape), None, grad_weight
 
 
 class FusedAttention(torch.autograd.Function):
@@ -782,12 +913,15 @@ def add_norm(
     keep: Tensor | None = None,
     add: Tensor | None = None,
     head: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Adds to the residual stream, mixes x0 in, and normalises: x, its norm, the norm's first channels, and x0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Adds to the residual stream, mixes x0 in, and normalises.
+
+    Returns x, its norm, the norm's first channels, x0, and the norm in 8 bits where products want it.
+    """
     if x.is_cuda and HAS_TRITON:
-        return FusedAddNorm.apply(x, other, x0, keep, add, head)
+        return FusedAddNorm.apply(x, other, x0, keep, add, head, has_float8())
     x, h = plain_add_norm(x, other, x0, keep, add)
-    return x, h, h[..., :head], x0
+    return x, h, h[..., :head], x0, None
 
 
 def attend(
@@ -804,9 +938,14 @@ def attend(
     return attention(*split_heads(qkv, gates, table, tokens, *rotary), window).flatten(2)
 
 
-def mlp(h: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def project_norm(h: Tensor, h8: Tensor | None, weight: Tensor) -> Tensor:
+    """project of a norm, which may be there in 8 bits too."""
+    return project(h, weight) if h8 is None else Float8Projection.apply(h, h8, weight)
+
+
+def mlp(h: Tensor, h8: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
     """The MLP of a layer, (B, T, C) to (B, T, C)."""
-    return (FusedMLP.apply if h.is_cuda and has_hopper_kernels() else plain_mlp)(h, up, down)
+    return FusedMLP.apply(h, h8, up, down) if h.is_cuda and has_hopper_kernels() else plain_mlp(h, up, down)
 
 
 def capped_logits(h: Tensor, unembed: Tensor) -> Tensor:
@@ -819,10 +958,10 @@ def capped_logits(h: Tensor, unembed: Tensor) -> Tensor:
     return out
 
 
-def cross_entropy(h: Tensor, unembed: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(h: Tensor, h8: Tensor | None, unembed: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the capped logits of h (B, T, C) against targets (B, T)."""
     if h.is_cuda and HAS_TRITON:
-        return FusedLoss.apply(h, unembed, targets)
+        return FusedLoss.apply(h, h8, unembed, targets)
     return F.cross_entropy(plain_capped_logits(h, unembed).flatten(0, 1), targets.flatten())
 
 
@@ -868,11 +1007,11 @@ class Block(nn.Module):
             window: How far the layer looks back.
         """
         table, tokens = values
-        x, h, some, passed = add_norm(x, mlp_out, x0, *scales, head=0 if self.gate is None else self.GATE_WIDTH)
+        x, h, some, passed, h8 = add_norm(x, mlp_out, x0, *scales, head=0 if self.gate is None else self.GATE_WIDTH)
         gates = None if self.gate is None else 2 * torch.sigmoid(project(some, self.gate.weight))
-        y = attend(project(h, self.qkv.weight), gates, table, tokens, rotary, window)
-        x, h, _, _ = add_norm(x, project(y, self.out.weight))
-        return x, mlp(h, self.up.weight, self.down.weight), passed
+        y = attend(project_norm(h, h8, self.qkv.weight), gates, table, tokens, rotary, window)
+        x, h, _, _, h8 = add_norm(x, project(y, self.out.weight))
+        return x, mlp(h, h8, self.up.weight, self.down.weight), passed
 
 
 class GPT(nn.Module):
@@ -921,10 +1060,10 @@ class GPT(nn.Module):
         for i, (block, scale) in enumerate(zip(self.blocks, scales, strict=True)):
             values = self.value_embeds.get(str(i)), tokens
             x, mlp_out, x0 = block(x, mlp_out, x0, scale, values, self.rotaries[T], self.windows[i])
-        _, h, _, _ = add_norm(x, mlp_out)  # normalised for the output matrix
+        _, h, _, _, h8 = add_norm(x, mlp_out)  # normalised for the output matrix
         if targets is None:
             return capped_logits(h, self.unembed.weight)
-        return cross_entropy(h, self.unembed.weight, targets)
+        return cross_entropy(h, h8, self.unembed.weight, targets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
