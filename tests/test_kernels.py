@@ -14,11 +14,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # of what
 CUDA = torch.device("cuda")
 SHAPES = [  # knobs, rows, tokens of a row
     ({"MODEL_DIM": 512, "HEAD_DIM": 128, "MLP_RATIO": 4, "SEQ_LEN": 256}, 3, 256),
-    ({"MODEL_DIM": 640, "HEAD_DIM": 128, "MLP_RATIO": 4, "SEQ_LEN": 512}, 2, 512),
-    ({"MODEL_DIM": 192, "HEAD_DIM": 64, "MLP_RATIO": 3, "SEQ_LEN": 128}, 5, 128),
+    ({"MODEL_DIM": 640, "HEAD_DIM": 128, "MLP_RATIO": 4, "SEQ_LEN": 512, "NGRAM_ROWS": 512}, 2, 512),
+    ({"MODEL_DIM": 192, "HEAD_DIM": 64, "MLP_RATIO": 3, "SEQ_LEN": 128, "NGRAM_ROWS": 100}, 5, 128),
     ({"MODEL_DIM": 48, "HEAD_DIM": 16, "MLP_RATIO": 5, "SEQ_LEN": 64}, 3, 64),
 ]
 ERROR = 8e-3  # bfloat16 has 8 bits: 2^-9 a rounding, and a few of them
+ERROR8 = 0.1  # float8 has 4: 2^-5 a rounding, and a few of them
+EIGHT = torch.float8_e4m3fn
 
 
 def error(got: Tensor | None, wanted: Tensor | None) -> float:
@@ -32,13 +34,22 @@ def error(got: Tensor | None, wanted: Tensor | None) -> float:
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ModuleType, int, int]:
     knobs, B, T = SHAPES[request.param]
     torch.manual_seed(request.param)
-    return module_of(tmp_path, **TINY | knobs), B, T
+    return module_of(tmp_path, **TINY | knobs | {"FLOAT8": False}), B, T
 
 
 def hopper(module: ModuleType) -> ModuleType:
     if not module.has_hopper_kernels():
         pytest.skip("needs compute capability 9 and cudnn-frontend")
     return module
+
+
+def bias(got: Tensor | None, wanted: Tensor | None) -> float:
+    """How much too long it is, in its own direction: rounding to the nearest favours neither."""
+    assert got is not None
+    assert wanted is not None
+    with torch.no_grad():
+        got, wanted = got.double().flatten(), wanted.double().flatten()
+        return abs(float(got @ wanted / (wanted @ wanted)) - 1)
 
 
 def randn(*shape: int, std: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -55,7 +66,7 @@ def test_the_fused_loss_is_the_plain_one(case: tuple[ModuleType, int, int], monk
         monkeypatch.setattr(module.FusedLoss, "CHUNK_LOGITS", chunk)
         h, unembed = randn(B, T, module.WIDTH), randn(V, module.WIDTH, std=0.3, dtype=torch.float32)
         targets = torch.randint(0, V, (B, T), device=CUDA)
-        got = 3 * module.cross_entropy(h, unembed, targets)
+        got = 3 * module.cross_entropy(h, None, unembed, targets)
         got.backward()
         h64, unembed64 = h.detach().double().requires_grad_(), unembed.detach().bfloat16().double().requires_grad_()
         logits = (h64 @ unembed64.mT).flatten(0, 1)
@@ -67,7 +78,7 @@ def test_the_fused_loss_is_the_plain_one(case: tuple[ModuleType, int, int], monk
         assert error(h.grad, h64.grad) < ERROR
         assert error(unembed.grad, unembed64.grad) < ERROR
         with torch.no_grad():
-            assert module.cross_entropy(h, unembed, targets).item() == pytest.approx(got.item() / 3, rel=1e-5)
+            assert module.cross_entropy(h, None, unembed, targets).item() == pytest.approx(got.item() / 3, rel=1e-5)
 
 
 def test_the_fused_mlp_is_the_plain_one(case: tuple[ModuleType, int, int]):
@@ -75,7 +86,7 @@ def test_the_fused_mlp_is_the_plain_one(case: tuple[ModuleType, int, int]):
     C, hidden = module.WIDTH, module.MLP_RATIO * module.WIDTH
     h, grad = randn(B, T, C), torch.randn(B, T, C, device=CUDA).bfloat16()
     up, down = (randn(*s, std=C**-0.5, dtype=torch.float32) for s in ((hidden, C), (C, hidden)))
-    got = module.mlp(h, up, down)
+    got = module.mlp(h, None, up, down)
     got.backward(grad)
     h64, up64, down64 = doubles(h, up.bfloat16(), down.bfloat16())
     wanted = F.relu(h64 @ up64.mT).square() @ down64.mT
@@ -83,6 +94,58 @@ def test_the_fused_mlp_is_the_plain_one(case: tuple[ModuleType, int, int]):
     assert error(got, wanted) < ERROR
     for ours, theirs in [(h, h64), (up, up64), (down, down64)]:
         assert error(ours.grad, theirs.grad) < ERROR
+
+
+def test_products_in_8_bits_are_the_plain_ones_within_their_rounding(case: tuple[ModuleType, int, int]):
+    module, B, T = hopper(case[0]), case[1], case[2] - 3
+    C, hidden, V = module.WIDTH, module.MLP_RATIO * module.WIDTH, 1008
+    h, targets = randn(B, T, C), torch.randint(0, V, (B, T), device=CUDA)
+    # gradients as small as those of a mean over many tokens, and some tokens' much smaller than others'
+    grad = (torch.randn(B, T, C, device=CUDA) * torch.rand(B, T, 1, device=CUDA) * 1e-7).bfloat16()
+    up, down = (randn(*s, std=C**-0.5, dtype=torch.float32) for s in ((hidden, C), (C, hidden)))
+    qkv, unembed = (randn(n, C, std=C**-0.5, dtype=torch.float32) for n in (3 * C, V))
+    h64, up64, down64, qkv64, unembed64 = doubles(h, up, down, qkv, unembed)
+    wide = torch.cat([grad] * 3, -1)
+    pairs = [
+        (module.mlp(h, h.detach().to(EIGHT), up, down), F.relu(h64 @ up64.mT).square() @ down64.mT, grad),
+        (module.project_norm(h, h.detach().to(EIGHT), qkv), h64 @ qkv64.mT, wide),
+    ]
+    for got, wanted, slope in pairs:
+        h.grad = h64.grad = None
+        got.backward(slope)
+        wanted.backward(slope.double())
+        for one, other in [(got, wanted), (h.grad, h64.grad)]:
+            assert error(one, other) < ERROR8
+            assert bias(one, other) < ERROR8 / 5
+    loss = module.cross_entropy(h, h.detach().to(EIGHT), unembed, targets)
+    logits = module.SOFT_CAP * torch.tanh(h64 @ unembed64.mT / module.SOFT_CAP)
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=2e-2)
+    for ours, theirs in [(up, up64), (down, down64), (qkv, qkv64), (unembed, unembed64)]:
+        assert error(ours.grad, theirs.grad) < ERROR8
+        assert bias(ours.grad, theirs.grad) < ERROR8 / 5
+
+
+def test_a_model_in_8_bits_is_nearly_the_one_in_16(tmp_path: Path):
+    """Nothing but the layers' and the output's products differs, so that its gradients point the same way."""
+    for name in ("16", "8"):
+        (tmp_path / name).mkdir()
+    knobs = TINY | {"MODEL_DIM": 512, "HEAD_DIM": 128, "MLP_RATIO": 4, "SEQ_LEN": 256, "DEPTH": 4}
+    modules = [module_of(tmp_path / name, **knobs, FLOAT8=name == "8") for name in ("16", "8")]
+    hopper(modules[1])
+    models, (x, y) = [], torch.randint(0, 1008, (2, 4, 256), device=CUDA)
+    for module in modules:
+        torch.manual_seed(0)
+        models.append(module.GPT(1008, 256, CUDA))
+        for p in models[-1].parameters():
+            torch.nn.init.normal_(p, std=0.7 if p.ndim < 2 else 0.3 * p.size(1) ** -0.5)
+        models[-1](x, y).backward()
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if p.ndim > 1 and p.grad is not None:
+            assert error(q.grad, p.grad) < 3 * ERROR8, name
+            assert bias(q.grad, p.grad) < ERROR8, name
 
 
 @pytest.mark.parametrize("mixes", [True, False])
@@ -104,7 +167,8 @@ def test_the_fused_norm_is_the_plain_one(case: tuple[ModuleType, int, int], adds
         return torch.stack([one.double() for one in sums]).sum()
 
     got = module.add_norm(x, other, x0, keep, add, head)
-    total(got[0], got[1], got[2], got[3]).backward()
+    total(*got[:4]).backward()
+    assert got[4] is None
     wanted = module.plain_add_norm(*plain)
     total(wanted[0], wanted[1], wanted[1][..., :head], plain[2]).backward()
     assert error(got[0], wanted[0]) < ERROR
@@ -112,6 +176,18 @@ def test_the_fused_norm_is_the_plain_one(case: tuple[ModuleType, int, int], adds
     for one, other_one in zip(ours, (t for t in plain if t is not None), strict=True):
         # those of keep and add are sums of random signs, in which rounding weighs more
         assert error(one.grad, other_one.grad) < (ERROR if one.ndim else 5 * ERROR)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 48)])
+def test_the_fused_descent_is_the_plain_one(shape: tuple[int, int], tmp_path: Path):
+    module = module_of(tmp_path, **TINY)
+    rows, columns = shape
+    W, update = torch.randn(3, *shape, device=CUDA), torch.randn(3, columns, rows, device=CUDA).bfloat16().mT
+    factor = torch.rand(3, rows, 1, device=CUDA) if rows >= columns else torch.rand(3, 1, columns, device=CUDA)
+    wanted = W.double()
+    module.plain_descend(wanted, update.double(), factor.double(), 0.1, 0.2)
+    module.descend(W, update, factor, 0.1, 0.2)
+    torch.testing.assert_close(W, wanted.float())
 
 
 @pytest.mark.parametrize("trains", [True, False])

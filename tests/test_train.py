@@ -3,6 +3,8 @@
 import ast
 import math
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -338,6 +340,18 @@ def test_bfloat16_passes_the_check_for_leaks(data: Path, tmp_path: Path):
     source = program(**TINY).replace("return torch.bfloat16 if native else torch.float32", "return torch.bfloat16")
     ran = run_harness(source, data, tmp_path, "--budget-tokens", "8192")
     assert ran.result["outcome"] == "measured", ran.result["reason"]
+
+
+def test_a_trial_that_compiles_nothing_loads_no_compiler(data: Path, tmp_path: Path):
+    """It would take a second of every trial that no process in waiting takes."""
+    (tmp_path / "train.py").write_text(program(**TINY))
+    arguments = ["--train-file", f"{tmp_path}/train.py", "--data", f"{data}", "--out", f"{tmp_path}/out"]
+    arguments += ["--budget-tokens", "2048", "--device", "cpu"]
+    code = f"import sys; from trainer import harness as h; h.main(h.parse({arguments})); print([*sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert '"outcome": "measured"' in (tmp_path / "out" / "result.json").read_text()
+    assert "'torch.optim.adamw'" in done.stdout
+    assert "'torch._dynamo'" not in done.stdout
 
 
 @pytest.mark.slow

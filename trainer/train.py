@@ -3,11 +3,13 @@
 The harness calls `train(run)`. Clock, order of the data and score are the harness's; all the rest is decided here.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ NGRAMS = (2, 3, 4, 5)  # how many tokens; each length has its own part of the ch
 SOFT_CAP = 15.0  # logits are squashed into ±SOFT_CAP
 INIT_SCALE = 0.68  # standard deviation of the matrices that read the residual stream, times the root of its width
 X0_INIT = 0.05  # how much of the token embedding each layer adds again, at first
-FLOAT8 = True  # in {True, False}: where there are kernels for it, layers and output matrix multiply in 8 bits
+FLOAT8 = True  # most products of the layers in 8 bits, where the card and its kernels can: faster, a little less exact
 ROPE_BASE = 200000.0  # the rotary embedding's longest wavelength, over 2π
 # Batch
 # rule: TOTAL_BATCH_SIZE % SEQ_LEN == 0
@@ -99,16 +101,6 @@ def has_hopper_kernels() -> bool:
     """Whether the kernels below that are written for Hopper run here; every one of them has a plain version."""
     hopper = HAS_TRITON and torch.cuda.get_device_capability()[0] == 9
     return hopper and importlib.util.find_spec("cudnn") is not None
-
-
-import os  # TEMP
-
-
-def has_float8() -> bool:
-    """Whether the large products are to be in 8 bits: with the kernels for Hopper alone."""
-    if not torch.is_grad_enabled() and os.environ.get("EVAL16"):
-        return False
-    return FLOAT8 and has_hopper_kernels()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -248,13 +240,10 @@ if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
-    def loss_kernel(
-        logits, targets, losses, eighths, weight, V: tl.constexpr, CAP: tl.constexpr, FLOAT8: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):  # fmt: skip
+    def loss_kernel(logits, targets, losses, weight, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
         """One row's cross-entropy after the soft cap; its gradient times weight takes the place of the logits.
 
-        No maximum is subtracted: no capped logit is above CAP. With FLOAT8 the gradient is also written in 8 bits.
+        No maximum is subtracted: no capped logit is above CAP.
         """
         row = tl.program_id(0).to(tl.int64)
         target = tl.load(targets + row)
@@ -267,8 +256,6 @@ if HAS_TRITON:
         tl.store(losses + row, CAP + tl.log(total) - CAP * tl.sum(tl.where(hit, t, 0.0)))
         slope = (powers / total - tl.where(hit, 1.0, 0.0)) * (1 - t * t)
         tl.store(place, (slope * weight).to(logits.dtype.element_ty), mask=inside)
-        if FLOAT8:
-            tl.store(eighths + row * V + column, (slope * 256).to(tl.float8e4nv), mask=inside)
 
     @triton.jit
     def soft_cap_kernel(logits, out, count, CAP: tl.constexpr, BLOCK: tl.constexpr):
@@ -327,7 +314,10 @@ if HAS_TRITON:
         x, other, x0, keep, add, out, h, h8, head, rows, adds, mixes, heads, FLOAT8: tl.constexpr, C: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """plain_add_norm; also the norm in 8 bits and its first channels. What there is not has 0 as its last numbers."""
+        """plain_add_norm; also the norm in 8 bits, and its first channels.
+
+        What there is not has 0 among the last numbers.
+        """
         row, column = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
         place, inside = row.to(tl.int64) * C + column, (row < rows) & (column < C)
         mixed = inside & (mixes != 0)
@@ -452,11 +442,35 @@ if HAS_TRITON:
         tl.store(out + place, (y / scale).to(tl.float8e4nv), inside)
 
     @triton.jit
+    def store_relu2(
+        sums, activation, out, out8, scales, row, column, M, SCALE: tl.constexpr, SHRINK: tl.constexpr,
+        BACKWARD: tl.constexpr, FLOAT8: tl.constexpr,
+    ):  # fmt: skip
+        """The end of relu2_kernel for one half of a tile."""
+        y = sums * SCALE
+        if BACKWARD:
+            y *= 2 * tl.sqrt(activation.to(tl.float32))
+        else:
+            y = tl.maximum(y, 0.0)
+            y *= y
+        if FLOAT8:
+            out8.store([row, column], (y * SHRINK).to(tl.float8e4nv))
+            if BACKWARD:
+                place = row + tl.arange(0, y.shape[0])
+                y *= tl.load(scales + place, place < M, 0.0)[:, None]
+        out.store([row, column], y.to(tl.bfloat16))
+
+    @triton.jit
     def relu2_kernel(
         a, b, activation, out, out8, scales, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        BK: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr, FLOAT8: tl.constexpr,
+        BK: tl.constexpr, SCALE: tl.constexpr, SHRINK: tl.constexpr, PROGRAMS: tl.constexpr, BACKWARD: tl.constexpr,
+        FLOAT8: tl.constexpr,
     ):  # fmt: skip
-        """Writes relu(a bᵀ)²; backward: a bᵀ · 2 √activation, the gradient before the squared ReLU. a: (M, K)."""
+        """Writes relu(a bᵀ · SCALE)²; backward: a bᵀ · SCALE · 2 √activation, the gradient before the squared ReLU.
+
+        With FLOAT8 a and b (M, K and N, K) have 8 bits, and the result is also written in 8 bits, times SHRINK;
+        backward the one in 16 bits is times the scales of a's rows.
+        """
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
             m, n = tile_of(number, tiles_m, tiles_n, 8)
@@ -464,32 +478,21 @@ if HAS_TRITON:
             for k in range(0, K, BK):
                 sums = tl.dot(a.load([m * BM, k]), b.load([n * BN, k]).T, sums)
             left, right = halves(sums)
-            if FLOAT8:
-                left, right = left * 0.015625, right * 0.015625
+            one, two = left, right
             if BACKWARD:
                 one, two = halves(activation.load([m * BM, n * BN]))
-                left *= 2 * tl.sqrt(one.to(tl.float32))
-                right *= 2 * tl.sqrt(two.to(tl.float32))
-                if FLOAT8:
-                    out8.store([m * BM, n * BN], (left * 0.03125).to(tl.float8e4nv))
-                    out8.store([m * BM, n * BN + BN // 2], (right * 0.03125).to(tl.float8e4nv))
-                    row = m * BM + tl.arange(0, BM)
-                    scale = tl.load(scales + row, row < M, 0.0)[:, None]
-                    left, right = left * scale, right * scale
-            else:
-                left, right = tl.maximum(left, 0.0), tl.maximum(right, 0.0)
-                left, right = left * left, right * right
-                if FLOAT8:
-                    out8.store([m * BM, n * BN], (left * 0.125).to(tl.float8e4nv))
-                    out8.store([m * BM, n * BN + BN // 2], (right * 0.125).to(tl.float8e4nv))
-            out.store([m * BM, n * BN], left.to(tl.bfloat16))
-            out.store([m * BM, n * BN + BN // 2], right.to(tl.bfloat16))
+            store_relu2(left, one, out, out8, scales, m * BM, n * BN, M, SCALE, SHRINK, BACKWARD, FLOAT8)
+            store_relu2(right, two, out, out8, scales, m * BM, n * BN + BN // 2, M, SCALE, SHRINK, BACKWARD, FLOAT8)
+
+
+# What is multiplied by before it has 8 bits (e4m3: 2^-9 to 448), so that nothing is too large and little too small
+WEIGHT_SCALE, HIDDEN_SCALE, INNER_SCALE = 64.0, 1 / 8, 1 / 32
 
 
 def float8(weight: Tensor) -> Tensor:
-    """64 times a matrix in 8 bits."""
+    """WEIGHT_SCALE times a matrix in 8 bits."""
     out = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    float8_kernel[(triton.cdiv(weight.numel(), 1024),)](weight, out, weight.numel(), 64.0, 1024)
+    float8_kernel[(triton.cdiv(weight.numel(), 1024),)](weight, out, weight.numel(), WEIGHT_SCALE, 1024)
     return out
 
 
@@ -509,7 +512,7 @@ def constant(value: float, device: torch.device, *shape: int) -> Tensor:
 
 
 def product8(a: Tensor, b: Tensor, scale: float, scales: Tensor | None = None) -> Tensor:
-    """a bᵀ · scale in bfloat16, of 8-bit matrices (M, K) and (N, K); with scales (M, 1) also times those of the rows."""
+    """The product a bᵀ · scale in bfloat16 of 8-bit matrices (M, K) and (N, K), and times scales (M, 1) of a's rows."""
     if scales is None:
         kind, one = F.ScalingType.TensorWise, constant(1.0, a.device, 1)
         other = constant(scale, a.device, 1)
@@ -528,12 +531,9 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h: Tensor, h8: Tensor | None, unembed: Tensor, targets: Tensor) -> Tensor:
-        """Takes h (B, T, C), the same in 8 bits, unembed (V, C) float32, targets (B, T); returns a 0-d float32 tensor."""
+        """Takes h (B, T, C), also in 8 bits, unembed (V, C) float32, targets (B, T); returns a 0-d float32 tensor."""
         rows, weight, targets = h.flatten(0, 1), unembed.to(h.dtype), targets.flatten()
-        rows8 = weight8 = weight8_t = None
-        if h8 is not None:
-            rows8, weight8 = h8.flatten(0, 1), float8(unembed)
-            weight8_t = weight8.mT.contiguous()
+        in8 = None if h8 is None else (h8.flatten(0, 1), float8(unembed))
         (N, V), wants_grad = (len(rows), len(weight)), ctx.needs_input_grad[0]
         losses = torch.empty(N, device=h.device)
         grad_rows = torch.empty_like(rows) if wants_grad else None
@@ -541,21 +541,13 @@ class FusedLoss(torch.autograd.Function):
         size = max(1, FusedLoss.CHUNK_LOGITS // V)
         for begin in range(0, N, size):
             part = slice(begin, begin + size)
-            if rows8 is None:
-                logits, logits8 = rows[part] @ weight.mT, None
-            else:
-                logits = product8(rows8[part], weight8, 1 / 64)
-                logits8 = torch.empty_like(logits, dtype=torch.float8_e4m3fn)
+            logits = rows[part] @ weight.mT if in8 is None else product8(in8[0][part], in8[1], 1 / WEIGHT_SCALE)
             block = triton.next_power_of_2(V)
             loss_kernel[(len(logits),)](
-                logits, targets[part], losses[part], given(logits8, logits), 1 / N, V, SOFT_CAP, logits8 is not None,
-                block, num_warps=min(32, max(4, block // 1024)),
-            )  # fmt: skip
+                logits, targets[part], losses[part], 1 / N, V, SOFT_CAP, block, num_warps=min(32, max(4, block // 1024))
+            )
             if grad_rows is not None and grad_weight is not None:
-                if logits8 is None:
-                    torch.mm(logits, weight, out=grad_rows[part])
-                else:
-                    grad_rows[part] = product8(logits8, weight8_t, 1 / (256 * 64 * N))
+                torch.mm(logits, weight, out=grad_rows[part])
                 grad_weight += torch.mm(logits.mT, rows[part], out_dtype=torch.float32)
         ctx.save_for_backward(grad_rows, grad_weight)
         ctx.shape = h.shape
@@ -687,7 +679,7 @@ class FusedMLP(torch.autograd.Function):
         up, down = float8(up), float8(down)
         hidden, hidden8 = FusedMLP.launch(h8.flatten(0, 1), up)
         ctx.save_for_backward(rows, hidden, up, down)
-        return product8(hidden8, down, 8 / 64).view(h.shape)
+        return product8(hidden8, down, 1 / (HIDDEN_SCALE * WEIGHT_SCALE)).view(h.shape)
 
     @staticmethod
     def backward(ctx, grad):
@@ -698,7 +690,7 @@ class FusedMLP(torch.autograd.Function):
         if ctx.float8:
             grad8, scales = float8_rows(grad)
             inner, inner8 = FusedMLP.launch(grad8, down, hidden, scales)
-            grad_rows = product8(inner8, up.mT.contiguous(), 32 / 64, scales)
+            grad_rows = product8(inner8, up.mT.contiguous(), 1 / (INNER_SCALE * WEIGHT_SCALE), scales)
         else:
             inner, _ = FusedMLP.launch(grad, down, hidden)
             grad_rows = inner @ up
@@ -709,36 +701,39 @@ class FusedMLP(torch.autograd.Function):
     @staticmethod
     def launch(
         a: Tensor, b: Tensor, activation: Tensor | None = None, scales: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """relu2_kernel on as many programs as the card has processors; the result, and the same in 8 bits."""
+    ) -> tuple[Tensor, Tensor]:
+        """relu2_kernel on as many programs as the card has processors; the result, and in 8 bits if a is."""
         backward, in8 = activation is not None, a.dtype == torch.float8_e4m3fn
         (M, K), N = a.shape, b.size(0)
         out = torch.empty(M, N, device=a.device, dtype=torch.bfloat16)
-        out8 = torch.empty(M, N, device=a.device, dtype=a.dtype) if in8 else None
-        BM, BN, BK, stages = 128, 256, *FusedMLP.STAGES[in8, backward]
+        out8 = torch.empty_like(out, dtype=a.dtype) if in8 else out
+        BM, BN = 128, 256
+        # so many columns at a time, and so many tiles on their way, as a processor's memory holds
+        if in8:
+            BK, stages = (64, 4) if backward else (128, 3)
+        else:
+            BK, stages = (32, 5) if backward else (64, 3)
         half = TensorDescriptor.from_tensor(out, [BM, BN // 2])
+        scale, shrink = 1 / WEIGHT_SCALE if in8 else 1.0, INNER_SCALE if backward else HIDDEN_SCALE
         programs = torch.cuda.get_device_properties(a.device).multi_processor_count
         relu2_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [BM, BK]),
             TensorDescriptor.from_tensor(b, [BN, BK]),
             half if activation is None else TensorDescriptor.from_tensor(activation, [BM, BN]),
-            half, half if out8 is None else TensorDescriptor.from_tensor(out8, [BM, BN // 2]), given(scales, a),
-            M, N, K, BM, BN, BK, programs, backward, in8, num_stages=stages, num_warps=8,
+            half, TensorDescriptor.from_tensor(out8, [BM, BN // 2]), given(scales, a),
+            M, N, K, BM, BN, BK, scale, shrink, programs, backward, in8, num_stages=stages, num_warps=8,
         )  # fmt: skip
         return out, out8
 
-    # how many columns at a time, and how many tiles on their way: what a processor's memory holds
-    STAGES = {(False, False): (64, 3), (False, True): (32, 5), (True, False): (128, 3), (True, True): (64, 4)}
-
 
 class Float8Projection(torch.autograd.Function):
-    """project, forward in 8 bits: the gradients are those of the matrices as they are."""
+    """A projection, forward in 8 bits: its gradients are those of the matrices as they are."""
 
     @staticmethod
     def forward(ctx, h: Tensor, h8: Tensor, weight: Tensor) -> Tensor:
         """Takes h (B, T, C), the same in 8 bits, weight (outputs, C) float32; returns (B, T, outputs)."""
         ctx.save_for_backward(h, weight)
-        return product8(h8.flatten(0, 1), float8(weight), 1 / 64).view(*h.shape[:-1], len(weight))
+        return product8(h8.flatten(0, 1), float8(weight), 1 / WEIGHT_SCALE).view(*h.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, grad):
@@ -780,7 +775,7 @@ class FusedAttention(torch.autograd.Function):
             values_kernel[(triton.cdiv(rows // 2, 32),)](
                 qkv, gates, table, tokens, gates, table, rows // 2, HEADS, HEAD_DIM, 32, False
             )
-        graphs = CudnnAttention.of(B, T, min(window, T), ctx.needs_input_grad[0])
+        graphs = CudnnAttention.of(B, T, window, ctx.needs_input_grad[0])
         y, log_sums = graphs.forward(qkv)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(qkv, y, log_sums, inverse, gates, table, tokens, cos, sin)
@@ -808,20 +803,26 @@ class FusedAttention(torch.autograd.Function):
 class CudnnAttention:
     """cuDNN's graphs of a forward and a backward pass on (B, T, 3, H, D), for one shape and one window.
 
-    cuDNN compiles a kernel for about a second each; `prepare` does so for all windows at once, in threads.
+    cuDNN compiles a kernel for about a second each; `prepare` does so for all windows at once, in threads. It does so
+    in the root folder: the driver keeps what it compiled, and does not find it again from another folder.
     """
 
-    @staticmethod
-    def prepare(B: int, T: int, windows: set[int]) -> None:
-        """Builds the graphs of a training ahead."""
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            list(pool.map(lambda window: CudnnAttention.of(B, T, min(window, T), True), windows))
+    built: ClassVar[dict[tuple[int, int, int, bool], "CudnnAttention"]] = {}
 
     @staticmethod
-    @functools.cache
+    def prepare(B: int, T: int, windows: Iterable[int], wants_grad: bool = True) -> None:
+        """Builds the graphs of a shape that are not there yet."""
+        keys = {(B, T, min(window, T), wants_grad) for window in windows} - CudnnAttention.built.keys()
+        with contextlib.chdir("/"), ThreadPoolExecutor(max_workers=4) as pool:
+            CudnnAttention.built.update(zip(keys, pool.map(lambda key: CudnnAttention(*key), keys), strict=True))
+
+    @staticmethod
     def of(B: int, T: int, window: int, wants_grad: bool) -> "CudnnAttention":
-        """The graphs of a shape, built once."""
-        return CudnnAttention(B, T, window, wants_grad)
+        """The graphs of a shape and a window."""
+        window = min(window, T)
+        if (B, T, window, wants_grad) not in CudnnAttention.built:
+            CudnnAttention.prepare(B, T, [window], wants_grad)
+        return CudnnAttention.built[B, T, window, wants_grad]
 
     def __init__(self, B: int, T: int, window: int, wants_grad: bool):
         self.shape = B, T, HEADS, HEAD_DIM
@@ -919,7 +920,7 @@ def add_norm(
     Returns x, its norm, the norm's first channels, x0, and the norm in 8 bits where products want it.
     """
     if x.is_cuda and HAS_TRITON:
-        return FusedAddNorm.apply(x, other, x0, keep, add, head, has_float8())
+        return FusedAddNorm.apply(x, other, x0, keep, add, head, FLOAT8 and has_hopper_kernels())
     x, h = plain_add_norm(x, other, x0, keep, add)
     return x, h, h[..., :head], x0, None
 
@@ -939,7 +940,7 @@ def attend(
 
 
 def project_norm(h: Tensor, h8: Tensor | None, weight: Tensor) -> Tensor:
-    """project of a norm, which may be there in 8 bits too."""
+    """The projection of a norm, which may be there in 8 bits too."""
     return project(h, weight) if h8 is None else Float8Projection.apply(h, h8, weight)
 
 
@@ -1248,7 +1249,7 @@ def train(run) -> GPT:
     )
     micro_batches = TOTAL_BATCH_SIZE // (rows * SEQ_LEN)
     if run.device.type == "cuda" and has_hopper_kernels():
-        CudnnAttention.prepare(rows, SEQ_LEN, set(model.windows))
+        CudnnAttention.prepare(rows, SEQ_LEN, model.windows)
     while not run.done:
         total = torch.zeros((), device=run.device)
         for _ in range(micro_batches):

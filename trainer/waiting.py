@@ -10,12 +10,13 @@ import io
 import json
 import os
 
-HELP = """With --wait instead of all else it loads what any trial needs (with --compiler also what a first torch.compile
-imports), waits for one line of JSON on its standard input, and goes on as if started as the line says: `arguments`,
-`folder` to work in, `log` to print to, `environment` to add. At the end of its input it ends."""
+HELP = """With --wait instead of all else it loads what any trial needs (with --compiler also what a first kernel of
+Triton and a first torch.compile import), waits for one line of JSON on its standard input, and goes on as if started as
+the line says: `arguments`, `folder` to work in, `log` to print to, `environment` to add. At the end of its input it
+ends."""
 
-# What a first `torch.compile` and `flex_attention` import beside torch itself. Each may be missing in another version
-# of torch: then the compile imports it in its turn. None of them makes a CUDA context or starts a process.
+# What a first `torch.compile`, `flex_attention` and kernel of Triton import beside torch itself. Each may be missing in
+# another version of torch: then who needs it imports it. None of them makes a CUDA context or starts a process.
 COMPILER = (
     "torch._dynamo",
     "torch._inductor.compile_fx",
@@ -35,6 +36,8 @@ COMPILER = (
     "triton.language",
     "triton.compiler.compiler",
     "triton.backends.nvidia.compiler",
+    "triton.tools.tensor_descriptor",
+    "triton.experimental.gluon.nvidia.hopper",
 )
 
 
@@ -49,6 +52,10 @@ def load(arguments: list[str]) -> None:
         # whatever is wrong with a module, the compile that needs it says so in its turn, in a trial's log
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+    if "--compiler" in arguments:
+        with contextlib.suppress(Exception):
+            # its own files are part of the key of everything that Triton compiles: it reads them once in a process
+            importlib.import_module("triton.runtime.cache").triton_key()
     gc.collect()
     gc.freeze()  # collections during the trial's first step need not walk through all of this again
 
