@@ -403,7 +403,7 @@ class Coordinator:
         assert value is not None
         assert state.delta is not None
         message = step_message(
-            proposal.hypothesis,
+            " + ".join(one.candidate.proposal.hypothesis for one in (*reversed(self._study.links(state)), state)),
             trial=proposal.id,
             profile=command.profile,
             metric=self._objective.metric,
@@ -439,7 +439,7 @@ class Coordinator:
             proposal = candidate.proposal
             try:
                 patch = self._repo.carry(
-                    candidate.commit, base=proposal.base, onto=tip, editable=self._objective.editable
+                    candidate.commit, base=self._measured_from(proposal), onto=tip, editable=self._objective.editable
                 )
                 tip = self._repo.commit_patch(
                     tip, patch, editable=self._objective.editable, message="A merge\n", at=self._study.last_at
@@ -469,6 +469,11 @@ class Coordinator:
                 )
             )
         )
+
+    def _measured_from(self, proposal: Proposal) -> str:
+        """The commit that a candidate was raced against, else that which it was built on."""
+        state = self._study.candidate(proposal.id)
+        return self._study.opponent(state).candidate.commit if state.races else proposal.base
 
     def _drop(self, candidate: str, reason: str, *, conflict: bool = False) -> None:
         state = self._study.candidate(candidate)
@@ -563,7 +568,7 @@ class Coordinator:
             profile=proposal.profile,
             hypothesis=proposal.hypothesis,
             delta=state.delta or 0.0,
-            before=self._files(proposal.base),
+            before=self._files(self._measured_from(proposal)),
             after=self._files(state.candidate.commit),
         )
 

@@ -45,8 +45,8 @@ class Rules:
         greedy: Keep whatever looks better than the champion in one run, as autoresearch does: for comparison.
     """
 
-    screen_probability: float = 0.3
-    frontier_probability: float = 0.8
+    screen_probability: float = 0.2
+    frontier_probability: float = 0.2
     keep_probability: float = 0.9
     drop_probability: float = 0.25
     max_pairs: int = 5
@@ -235,6 +235,7 @@ def backed(values: Sequence[float], sigma: float) -> Sequence[bool]:
     return [near[value] <= limit for value in values]
 
 
+LARGE = 3.0  # σ; what is better by more is seen at once, so that it says nothing of what a pair is worth
 SURE = 1.0  # standard errors from nothing at which a race is judged again: the screening run counts as well
 PAIRING_DOF = 3  # the weight of "seeds do not matter" against what the pairs of races show
 
@@ -263,8 +264,9 @@ RATIO = 1.6  # of a magnitude to the next
 MAGNITUDES = tuple(0.05 * RATIO**step for step in range(24))  # in σ: from next to nothing to 2,500
 EFFECTS = (*(-magnitude for magnitude in reversed(MAGNITUDES)), *MAGNITUDES)  # improvements are positive
 _WIDTHS = tuple((0.14 * effect) ** 2 for effect in EFFECTS)  # each stands for a range of half its size: /√12
-PSEUDO_COUNT = 6.0  # candidates that the first prior counts for
-PSEUDO_BETTER = 0.25  # its share of improvements; in the published H100 run 22 of 125 were kept
+PSEUDO_COUNT = 20.0  # candidates that the first prior counts for
+PSEUDO_BETTER = 0.4  # its share of improvements: hope, without which small ones are never built on (docs/adr/0027)
+SMALL = 4.0  # σ; improvements of up to that are as likely as each other at first, larger ones in inverse proportion
 MOST_DOF = 60  # beyond it t is as good as normal, and a likelihood could become 0
 MEMORY = 150.0  # candidates after which an old one counts 1/e: late in a search less helps than early
 FADE = math.exp(-1 / MEMORY)
@@ -272,10 +274,10 @@ FADE = math.exp(-1 / MEMORY)
 
 @functools.cache
 def _first_counts() -> tuple[float, ...]:
-    shape = [1.0 if magnitude < 50 else 0.3 for magnitude in MAGNITUDES]
-    total = sum(shape)
-    worse = [PSEUDO_COUNT * (1 - PSEUDO_BETTER) * weight / total for weight in reversed(shape)]
-    return (*worse, *(PSEUDO_COUNT * PSEUDO_BETTER * weight / total for weight in shape))
+    losses = [1.0 if magnitude < 50 else 0.3 for magnitude in MAGNITUDES]
+    gains = [max(0.02, min(1.0, SMALL / magnitude)) for magnitude in MAGNITUDES]
+    worse = [PSEUDO_COUNT * (1 - PSEUDO_BETTER) * weight / sum(losses) for weight in reversed(losses)]
+    return (*worse, *(PSEUDO_COUNT * PSEUDO_BETTER * weight / sum(gains) for weight in gains))
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,8 @@ class Prior:
 
     def posterior(self, *found: Evidence) -> tuple[float, ...]:
         """The probability of each of `EFFECTS` after what was found; heavy tails keep every likelihood above 0."""
-        weights = list(self.counts)
+        total = sum(self.counts)
+        weights = [count / total for count in self.counts]
         for one in found:
             weights = [weight * like for weight, like in zip(weights, one.likelihoods(), strict=True)]
             total = sum(weights)
@@ -431,6 +434,8 @@ class Judge:
             return Judgement(Verdict.KEEP, f"{word} beyond the noise: {told}", delta, delta_se, p_better, gain)
         if p_better < self.rules.drop_probability:
             return Judgement(Verdict.DISCARD, f"not {word}: {told}", delta, delta_se, p_better, gain)
+        if not simplifies and not self._is_worth_more(screened, pairs, gain):
+            return Judgement(Verdict.DISCARD, f"not worth another pair: {told}", delta, delta_se, p_better, gain)
         if len(pairs) >= self.rules.max_pairs:
             return Judgement(Verdict.DISCARD, f"not beyond the noise: {told}", delta, delta_se, p_better, gain)
         return Judgement(Verdict.RETEST, f"undecided: {told}", delta, delta_se, p_better, gain)
@@ -447,6 +452,18 @@ class Judge:
             return least
         wanted = min((SURE * self.paired.sigma / gain) ** 2, self.rules.max_pairs)
         return max(least, math.ceil(wanted))
+
+    def _is_worth_more(self, screened: Evidence | None, pairs: Sequence[tuple[float, float]], gain: float) -> bool:
+        """Whether what a race may still win is worth its runs: each could be the first run of a new change."""
+        known = [one for one in (screened, self.raced(pairs)) if one is not None]
+        runs = 2 * (self.wanted_pairs(gain, len(pairs)) - len(pairs))
+        return not known or self._hope(*known) >= runs * self._hope()
+
+    def _hope(self, *found: Evidence) -> float:
+        """What a change may improve: the mean over its effects, those that are none as 0 and large ones as `LARGE`."""
+        most = LARGE * self.noise.sigma / self.unit
+        posterior = self.prior.posterior(*found)
+        return sum(share * min(max(effect, 0.0), most) for share, effect in zip(posterior, EFFECTS, strict=True))
 
     def screened(self, value: float, base_values: Sequence[float]) -> Evidence | None:
         """What a first run says; None when the profile has no noise at all: then the number is the truth."""

@@ -23,7 +23,7 @@ from raysearch.model import (
     Verdict,
 )
 from raysearch.pace import Pace
-from raysearch.schedule import Slot
+from raysearch.schedule import Slot, covered_links
 from raysearch.study import CandidateState, Lane, Study, TrialState, baseline_id, candidate_number, screen_id
 
 MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
@@ -176,7 +176,8 @@ def _decisions(study: Study, slots: Sequence[Slot]) -> list[Command]:
 
 def _winner(study: Study, lane: Lane) -> CandidateState | None:
     """The best of those that were confirmed against the champion."""
-    found = [study.candidates[name] for name in lane.confirmed if study.candidates[name].base == lane.champion]
+    confirmed = (study.candidates[name] for name in lane.confirmed)
+    found = [state for state in confirmed if study.opponent(state).id == lane.champion]
     return max(found, key=lambda state: state.gain or 0.0, default=None)
 
 
@@ -220,7 +221,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
 
 
 def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | None:
-    known = study.judge(lane, state.base)
+    known = study.judge(lane, study.opponent(state).id)
     runs = [study.trials[name] for name in state.races]
     failed = next((run for run in runs if run.outcome is not None and run.value is None), None)
     if failed is not None:
@@ -234,7 +235,7 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
         return Judged(state.id, Verdict.DISCARD, failing, state.delta, state.delta_se, pairs=state.pairs)
     if known is None or len(pairs) <= state.pairs:
         return None
-    screened = None if state.candidate.proposal.carries else study.screen_evidence(lane, state, known)
+    screened = None if state.candidate.proposal.carries else study.whole_evidence(lane, state, known)
     sound = study.sound_pairs(lane, state)
     found = known.race(sound or pairs, screened=screened, simplifies=study.simplifies(state))
     verdict, reason = found.verdict, found.reason
@@ -338,24 +339,28 @@ def _stranded_wins(study: Study, lane: Lane) -> tuple[str, ...]:
             return left
         parted.update(part)
     stranded = [
-        name for name in lane.confirmed if name not in parted and not study.lives(lane, study.candidates[name].base)
+        name
+        for name in lane.confirmed
+        if name not in parted and not study.lives(lane, study.opponent(study.candidates[name]).id)
     ]
     found = tuple(sorted(stranded, key=candidate_number))  # what was built on another of them is merged after it
-    bases = {study.candidates[name].base for name in found}
+    bases = {study.opponent(study.candidates[name]).id for name in found}
     racing = (study.candidates[name] for name in lane.racing)
-    if any(state.races and state.base in bases for state in racing):
+    if any(state.races and study.opponent(state).id in bases for state in racing):
         return ()  # others are raced against the same base: they end soon, and what wins is carried together
     return found
 
 
 def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
     """A promising change whose race has not begun and whose base is no more, or whose base never had a fresh run."""
+    covered = covered_links(study, lane, begun=True)
     for name in lane.racing:
-        if not study.candidates[name].races and not study.lives(lane, study.candidates[name].base):
+        state = study.candidates[name]
+        if name not in covered and not state.races and not study.lives(lane, state.base):
             return (name,)
     for name in lane.screened:
         base = study.candidates[name].base
-        if not lane.fresh.values(base) and not study.lives(lane, base):
+        if not study.base_values(lane, study.candidates[name]) and not study.lives(lane, base):
             return (name,)
     return ()
 

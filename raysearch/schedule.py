@@ -32,6 +32,7 @@ LOOK_BACK = 12  # of a program's fresh runs, the latest ones, that are looked at
 LOST_TOUCH = 8  # hopeless first runs in a row after which the champion is run again
 WANTED_DOF = 8.0  # of the champion's noise; the fewer it has, the sooner the champion is run again
 NEW_TRIALS = 30  # of a profile, before which the bandit has nothing to go by
+PATIENCE = 8  # first runs on a promising candidate that come to nothing, after which it is raced
 SPARE_PAIRS = 2  # pairs beyond the cap, in place of those whose other side failed
 
 
@@ -120,6 +121,7 @@ def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
     if not study.baseline_done(lane):
         return
     cap = study.settings.rules.max_pairs
+    covered = covered_links(study, lane)
     planned: dict[str, list[Trial]] = {}
     seeds: dict[str, set[int]] = {}
     more = dict.fromkeys(lane.racing, 0)  # pairs that were planned here
@@ -127,9 +129,11 @@ def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
     for further in (False, True) if ahead else (False,):
         for name in lane.racing:
             state = study.candidates[name]
-            base = study.candidates[state.base]
-            if not state.races and not study.lives(lane, base.id):
+            base = study.opponent(state)
+            if not state.races and not study.lives(lane, state.base):
                 continue  # it is carried instead, and raced there
+            if name in covered or (not further and waits(study, lane, state)):
+                continue
             for run in state.races:
                 rival = study.trials[run].trial.rival
                 if rival is not None and rival not in study.trials:
@@ -138,7 +142,7 @@ def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
             known = study.judge(lane, base.id)
             if known is None:
                 return
-            wanted = cap if further else known.wanted_pairs(state.gain, state.pairs)
+            wanted = cap if further else known.wanted_pairs(study.whole_gain(lane, state), state.pairs)
             while good + more[name] < wanted and len(state.races) + more[name] < cap + SPARE_PAIRS:
                 for program in (name, base.id):
                     if program not in seeds:
@@ -150,6 +154,25 @@ def _races(study: Study, lane: Lane, *, ahead: bool) -> Iterator[Trial]:
                 if theirs.id not in study.trials:
                     yield theirs
                 yield _race(state, theirs, len(state.races) + more[name])
+
+
+def covered_links(study: Study, lane: Lane, *, begun: bool = False) -> set[str]:
+    """Candidates that are raced with another one that was built on them; with `begun`, where that race has begun."""
+    tips = (study.candidates[name] for name in lane.racing)
+    return {link.id for tip in tips if tip.races or not begun for link in study.links(tip)}
+
+
+def waits(study: Study, lane: Lane, state: CandidateState) -> bool:
+    """Whether a promising candidate is built on further before it is raced: together several changes take fewer pairs.
+
+    It is raced once a single pair may show what it and its links are worth, or when nothing built on it looks good.
+    """
+    if state.races or not study.settings.frontier or state.candidate.proposal.carries:
+        return False
+    if state.fruitless >= PATIENCE or (state.p_better or 0.0) < study.settings.rules.frontier_probability:
+        return False
+    known = study.judge(lane, study.opponent(state).id)
+    return known is not None and study.whole_gain(lane, state) < known.paired.sigma
 
 
 def _race(state: CandidateState, theirs: Trial, pair: int) -> Trial:

@@ -128,6 +128,7 @@ class CandidateState:
         races: Ids of its own runs in pairs, in the order in which they were started.
         seconds: Of slots, that its own runs took.
         promising: Whether its first run, or that of what carried it, was promising.
+        fruitless: First runs of what was built on it that were not.
     """
 
     candidate: Candidate
@@ -147,6 +148,7 @@ class CandidateState:
     races: list[str] = field(default_factory=list[str])
     seconds: float = 0.0
     promising: bool = False
+    fruitless: int = 0
 
     @property
     def id(self) -> str:
@@ -566,8 +568,8 @@ class Study:
         lane.due[ours.trial.candidate] = None
         pair = self.pair_values(ours)
         if pair is not None:
-            base = self.candidates[self.candidates[ours.trial.candidate].base]
-            lane.differences.add(ours.trial.candidate, pair[0] - pair[1], step=base.step)
+            opponent = self.opponent(self.candidates[ours.trial.candidate])
+            lane.differences.add(ours.trial.candidate, pair[0] - pair[1], step=opponent.step)
 
     def pair_values(self, ours: TrialState) -> tuple[float, float] | None:
         """Both sides of a pair, once both were measured."""
@@ -587,6 +589,7 @@ class Study:
         if event.candidate not in lane.line and not event.conflict and not won:
             self._learn_effect(lane, state, event)
         if event.candidate in lane.screened:
+            self.candidates[state.base].fruitless += event.verdict is Verdict.DISCARD
             lane.hopeless = lane.hopeless + 1 if (event.p_better or 0.0) < HOPELESS else 0
         state.judged_at = at
         state.verdict, state.reason = event.verdict, event.reason
@@ -600,6 +603,7 @@ class Study:
             lane.racing[event.candidate] = None
         elif event.verdict is Verdict.KEEP:
             lane.confirmed[event.candidate] = None
+            self._take_along(lane, state)
         else:
             if won and event.conflict:
                 lane.unmerged.append(event.candidate)
@@ -608,6 +612,16 @@ class Study:
                 self._split(lane, state.candidate.proposal)
             elif state.seconds > 0:
                 self._count_try(lane, state, None)
+
+    def _take_along(self, lane: Lane, tip: CandidateState) -> None:
+        """Closes those between a winner and its opponent: what they change was measured with it, and won with it."""
+        for link in self.links(tip):
+            if link.id not in lane.open:
+                continue
+            self._learn_from(lane, link, ())
+            link.carried_by = tip.id
+            self._close(lane, link.id)
+            self._count_try(lane, link, link.gain or 0.0)
 
     def _count_promising(self, state: CandidateState) -> None:
         """Counts the ideas that a candidate carries as promising, each once."""
@@ -618,12 +632,15 @@ class Study:
 
     def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
         """What the candidate's effect says of changes in general: once, when it is decided."""
-        proposal = state.candidate.proposal
+        if event.verdict is not Verdict.RETEST:
+            # pairs against something further below say what several changes are worth together
+            self._learn_from(lane, state, () if self.links(state) else self.sound_pairs(lane, state))
+
+    def _learn_from(self, lane: Lane, state: CandidateState, pairs: Sequence[tuple[float, float]]) -> None:
         known = self.judge(lane, state.base)
-        if event.verdict is Verdict.RETEST or known is None or proposal.carries or self.simplifies(state):
+        if known is None or state.candidate.proposal.carries or self.simplifies(state):
             return
         found = [self.screen_evidence(lane, state, known)]
-        pairs = self.sound_pairs(lane, state)
         if pairs:
             found.append(known.raced(pairs))
         evidence = [one for one in found if one is not None]
@@ -660,7 +677,8 @@ class Study:
         self._by_commit[f"{event.profile}:{event.commit}"] = event.candidate
         state.ratchet_commit = event.commit
         self._close(lane, event.candidate)
-        self._count_try(lane, state, state.gain or 0.0)
+        others = sum(link.gain or 0.0 for link in self.links(state) if link.carried_by == state.id)
+        self._count_try(lane, state, max(0.0, (state.gain or 0.0) - others))
 
     def _count_try(self, lane: Lane, state: CandidateState, gain: float | None) -> None:
         """Counts for arm and author what a proposal cost and gained; a union's gain is its members', in equal parts."""
@@ -753,8 +771,34 @@ class Study:
         while candidate_id != lane.champion:
             if candidate_id not in lane.racing and candidate_id not in lane.confirmed:
                 return False
-            candidate_id = self.candidates[candidate_id].base
+            candidate_id = self._below(self.candidates[candidate_id]).id
         return True
+
+    def opponent(self, state: CandidateState) -> CandidateState:
+        """The program that a candidate is raced against.
+
+        That of its pairs. Before it has any: the nearest one below it that was confirmed or has a race of its own.
+        Those between them, its links, only had their first runs, and are raced with it.
+        """
+        if state.races:
+            rival = self.trials[state.races[0]].trial.rival or ""
+            return self.candidates[self.trials[rival].trial.candidate if rival in self.trials else program_of(rival)]
+        below = self.candidates[state.base]
+        while below.verdict is not Verdict.KEEP and not below.races and screen_id(below.id) in self.trials:
+            below = self.candidates[below.base]
+        return below
+
+    def links(self, state: CandidateState) -> list[CandidateState]:
+        """The candidates between one and its opponent, the upper ones first."""
+        found, below, opponent = list[CandidateState](), self.candidates[state.base], self.opponent(state)
+        while below is not opponent and below.base != below.id:
+            found.append(below)
+            below = self.candidates[below.base]
+        return found
+
+    def _below(self, state: CandidateState) -> CandidateState:
+        """What has to live for a candidate to live: what it was measured against, else what it was built on."""
+        return self.opponent(state) if state.races else self.candidates[state.base]
 
     def slow_slots(self, lane: Lane) -> list[Slow]:
         """Slots of this session whose card is slower than others of its kind; cores of a CPU vary too much to say."""
@@ -782,7 +826,7 @@ class Study:
             if (state.p_better or 0.0) < self.settings.rules.frontier_probability:
                 return 0.0
             promised += state.gain or 0.0
-            candidate_id = self.candidates[candidate_id].base
+            candidate_id = self._below(state).id
         return promised
 
     def noise(self, lane: Lane, base: str | None = None) -> judge.Noise | None:
@@ -798,23 +842,52 @@ class Study:
         return judge.Judge(noise, paired, lane.prior.at(noise.sigma), self.settings.direction, self.settings.rules)
 
     def simplifies(self, state: CandidateState) -> bool:
-        """Whether a candidate only has to be no worse: it was made to be smaller, and is."""
+        """Whether a candidate only has to be no worse: it was made smaller than what it is compared with, and is."""
         candidate = state.candidate
         if candidate.proposal.operator not in (Operator.SIMPLIFY, Operator.ABLATE):
             return False
-        return 0 < candidate.size < self.built_on(candidate).candidate.size
+        return 0 < candidate.size < self._below(state).candidate.size
 
     def screen_evidence(self, lane: Lane, state: CandidateState, known: judge.Judge) -> judge.Evidence | None:
         """What a candidate's first run said against what it was built on."""
+        return self._first_evidence(state, known, self.base_values(lane, state))
+
+    def whole_evidence(self, lane: Lane, state: CandidateState, known: judge.Judge) -> judge.Evidence | None:
+        """What a candidate's first run said against its opponent: of its own change and those of its links."""
+        return self._first_evidence(state, known, self._sound_values(lane, self.opponent(state).id))
+
+    def _first_evidence(
+        self, state: CandidateState, known: judge.Judge, values: Sequence[float]
+    ) -> judge.Evidence | None:
         screened = self.trials.get(screen_id(state.id))
-        if screened is None or screened.value is None or not lane.fresh.values(state.base):
+        if screened is None or screened.value is None or not values:
             return None
-        return known.screened(screened.value, self.base_values(lane, state))
+        return known.screened(screened.value, values)
 
     def base_values(self, lane: Lane, state: CandidateState) -> Sequence[float]:
-        """Fresh values of what a candidate was built on: those that others back, since the machine last changed."""
-        noise = self.noise(lane, state.base)
-        values = lane.fresh.values(state.base)
+        """What a candidate's first run is compared with: fresh values of what it was built on.
+
+        A link has none. Then it is the link's own first run, as it is: that was chosen for being good, so that what is
+        built on it has to be better than it may seem to be.
+        """
+        base = self.candidates[state.base]
+        first = self.trials.get(screen_id(base.id))
+        if self.opponent(state) is not base and not lane.fresh.values(base.id) and first and first.value is not None:
+            return [first.value]
+        return self._sound_values(lane, base.id)
+
+    def whole_gain(self, lane: Lane, state: CandidateState) -> float:
+        """What a candidate and its links seem to be worth together, in units of the metric."""
+        opponent, first = self.opponent(state), self.trials.get(screen_id(state.id))
+        if state.races or opponent.id == state.base or first is None or first.value is None:
+            return state.gain or 0.0
+        known, values = self.judge(lane, opponent.id), self._sound_values(lane, opponent.id)
+        return known.screen(first.value, values).gain if known and values else state.gain or 0.0
+
+    def _sound_values(self, lane: Lane, program: str) -> Sequence[float]:
+        """A program's fresh values: those that others back, since the machine last changed."""
+        noise = self.noise(lane, program)
+        values = lane.fresh.values(program)
         if noise is None:
             return values
         sound = [value for value, is_backed in zip(values, judge.backed(values, noise.sigma), strict=True) if is_backed]
@@ -827,10 +900,11 @@ class Study:
 
     def sound_pairs(self, lane: Lane, state: CandidateState) -> list[tuple[float, float]]:
         """Those of them whose other side agrees with another run of its program."""
-        pairs, noise = self.race_pairs(state), self.noise(lane, state.base)
+        opponent = self.opponent(state).id
+        pairs, noise = self.race_pairs(state), self.noise(lane, opponent)
         if noise is None:
             return pairs
-        values = [*lane.fresh.values(state.base)]
+        values = [*lane.fresh.values(opponent)]
         values += [theirs for _, theirs in pairs if theirs not in values]  # what was forgotten since
         known = dict(zip(values, judge.backed(values, noise.sigma), strict=True))
         return [pair for pair in pairs if known[pair[1]]]
@@ -879,6 +953,11 @@ def race_id(candidate_id: str, pair: int) -> str:
 def reference_id(candidate_id: str, number: int) -> str:
     """Id of the n-th run of a program that others are compared with."""
     return f"{candidate_id}-reference{number}"
+
+
+def program_of(trial_id: str) -> str:
+    """The candidate that a trial is a run of, by the trial's id."""
+    return trial_id.rpartition("-")[0]
 
 
 def baseline_id(candidate_id: str, number: int) -> str:

@@ -8,7 +8,7 @@ import pytest
 from histories import commit_of, gpu_profile
 from told import BASE, CPU, TRIAL_S, TWO, Told, ready
 
-from raysearch import judge
+from raysearch import judge, schedule
 from raysearch.model import (
     Directed,
     Event,
@@ -187,13 +187,14 @@ def test_proposals_are_built_on_the_best_promising_candidate_at_once():
 
 
 def test_a_candidate_that_is_hardly_promising_is_raced_but_not_built_on():
-    told = ready()
+    told = ready(rules=judge.Rules(frontier_probability=0.8))
     name = told.candidate()
     told.run(f"{name}-screen", 0.975)
     (event,) = told.conclude()
     assert event.verdict is Verdict.RETEST
     assert 0.3 <= (event.p_better or 0.0) < 0.8
     assert [command.base for command in told.commands() if isinstance(command, Ask)] == [BASE]
+    assert f"{name}-pair1" in told.could()
 
 
 def test_without_a_frontier_all_is_built_on_the_champion():
@@ -209,11 +210,111 @@ def test_what_is_built_on_a_frontier_candidate_is_run_and_judged_against_it():
     told.promise(one)
     other = told.candidate(on=one)
     assert f"{other}-screen" in told.could()
+    told.start(f"{one}-pair1")
     told.run(f"{other}-screen", 0.6)  # better than the champion, worse than what it was built on
-    assert told.conclude() == []  # of that nothing fresh is known yet
-    told.run_pair(one, gain=0.5)
+    assert told.conclude() == []  # whose race has begun: a fresh run of it is on its way
+    told.end(f"{one}-pair1", 0.5)
     verdicts = {event.candidate: event.verdict for event in told.conclude()}
     assert verdicts == {one: Verdict.KEEP, other: Verdict.DISCARD}
+
+
+# ---- chains ----
+
+
+def a_chain(length: int = 2, **options: Any) -> tuple[Told, list[str]]:
+    """Candidates that were built one on the other, each a little better, of which the noise allows no verdict yet."""
+    told, names = ready(slots=FOUR, **options), list[str]()
+    for number in range(length):
+        names.append(told.candidate(on=names[-1]) if names else told.candidate())
+        told.promise(names[-1], value=0.985 - 0.015 * number)
+    return told, names
+
+
+def races(told: Told) -> list[str]:
+    """Whose races want a run now, further pairs on slots that would idle left out."""
+    waiting = schedule.queued(told.study)["cpu"]
+    return [trial.candidate for trial in waiting if trial.purpose is Purpose.RACE]
+
+
+def test_a_first_run_is_compared_with_that_of_a_base_that_has_no_other():
+    told, (one,) = a_chain(1)
+    other = told.candidate(on=one)
+    told.run(f"{other}-screen", 0.99)  # better than the champion, worse than what it was built on
+    (event,) = told.conclude()
+    assert (event.candidate, event.verdict, event.delta) == (other, Verdict.DISCARD, pytest.approx(0.005))
+
+
+def test_a_small_gain_is_built_on_before_it_is_raced():
+    told, (one,) = a_chain(1)
+    told.candidate()
+    assert races(told) == []
+    assert [command.base for command in told.commands() if isinstance(command, Ask)] == [commit_of(one)]
+
+
+def test_a_gain_that_one_pair_may_show_is_raced_at_once():
+    told = ready(slots=FOUR)
+    name = told.candidate()
+    told.promise(name)
+    told.candidate()
+    assert races(told) == [name]
+
+
+def test_a_small_gain_is_raced_when_nothing_that_is_built_on_it_looks_good():
+    told, (one,) = a_chain(1)
+    for _ in range(schedule.PATIENCE):
+        assert races(told) == []
+        worse = told.candidate(on=one)
+        told.run(f"{worse}-screen", 1.2)
+        told.conclude()
+    assert set(races(told)) == {one}
+
+
+def test_the_tip_of_a_chain_is_raced_against_the_champion_and_wins_for_all_of_it():
+    told, (one, other, tip) = a_chain(3)
+    raced = {trial.candidate for trial in told.could().values() if trial.purpose is Purpose.RACE}
+    assert raced == {tip}
+    told.run_pair(tip, gain=0.1)
+    (event,) = told.conclude()
+    assert (event.verdict, event.delta) == (Verdict.KEEP, pytest.approx(-0.1))
+    assert [told.state(name).carried_by for name in (one, other)] == [tip, tip]
+    told.move()
+    assert [win.candidate for win in told.lane.wins] == [tip]
+    assert not told.lane.open
+    arm = next(iter(told.lane.tallies.values()))
+    assert arm.wins == pytest.approx(3, rel=0.1)
+    assert arm.gain == pytest.approx(told.state(tip).gain, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(95, False), (80, True)])
+def test_a_chain_is_no_worse_and_smaller_only_if_it_is_smaller_than_the_champion(size: int, kept: bool):
+    told = Told(slots=FOUR)
+    told.add(SessionStarted("host", 1, "0"), ProfileAdded(CPU, BASE, "cpu program", 90))
+    told.warm()
+    told.baselines()
+    one = told.candidate(size=100)
+    told.promise(one, value=0.985)
+    tip = told.candidate(on=one, size=size, operator=Operator.SIMPLIFY)
+    told.promise(tip, value=0.985)
+    told.pair(tip, gain=0.0)
+    assert (told.state(tip).verdict is Verdict.KEEP) is kept
+
+
+def test_when_the_tip_of_a_chain_loses_what_it_was_built_on_has_its_own_race():
+    told, (one, tip) = a_chain()
+    assert f"{one}-pair1" not in told.could()
+    told.refute(tip)
+    assert f"{one}-pair1" in told.could()
+
+
+def test_what_was_built_on_a_link_is_carried_without_credit_when_the_tip_has_won():
+    told, (one, tip) = a_chain()
+    other = told.candidate(on=one)
+    for _ in range(2):
+        told.run_pair(tip, gain=0.1)
+    told.conclude()
+    told.move()
+    assert told.carries() == (other,)
+    assert f"{told.carry()}-screen" in told.could()
 
 
 def test_a_win_on_a_frontier_candidate_waits_for_it_and_follows_it():
@@ -315,7 +416,10 @@ def test_several_wins_on_an_earlier_champion_are_carried_as_one_union_and_raced_
     assert all(told.state(name).carried_by == union for name in wins)
     assert told.could()[f"{union}-pair1"].purpose is Purpose.RACE
     assert f"{union}-screen" not in told.could()
-    told.win(union, than=0.4)
+    for _ in range(2):
+        told.run_pair(union, than=0.4)
+    told.conclude()
+    told.move()
     assert told.lane.champion == union
     assert told.lane.open == {}
 

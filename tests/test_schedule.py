@@ -209,7 +209,7 @@ def test_a_race_ends_at_the_cap_of_pairs():
     told = ready(rules=judge.Rules(max_pairs=3, drop_probability=0.0, keep_probability=1.0))
     name = told.candidate()
     told.promise(name)
-    verdicts = [told.pair(name, gain=0.01).verdict for _ in range(3)]
+    verdicts = [told.pair(name, gain=0.02).verdict for _ in range(3)]
     assert verdicts == [Verdict.RETEST, Verdict.RETEST, Verdict.DISCARD]
     assert told.state(name).reason.startswith("not beyond the noise")
     assert told.ids() == []

@@ -206,7 +206,7 @@ def test_a_decided_candidate_teaches_the_prior_once_and_a_carried_one_never():
     told.run(f"{bad}-screen", 2.0)
     told.conclude()
     after_bad = told.lane.prior
-    assert after_bad.better() < 0.25
+    assert after_bad.better() < 0.4
     told.promise(one, other)
     assert told.lane.prior == after_bad
     told.confirm(one, other)
@@ -230,7 +230,7 @@ def test_an_arm_is_counted_what_its_candidates_cost_and_gained():
     assert tally.seconds == pytest.approx(20.0, rel=0.01)
     tally = told.lane.tallies[Arm("agent", Operator.DRAFT)]
     assert (tally.tries, tally.wins) == (1, 1)
-    assert tally.gain == pytest.approx(0.3, rel=0.25)
+    assert tally.gain == pytest.approx(told.state(good).gain)
     assert tally.seconds == pytest.approx(40.0)  # the other side of its pair served the profile, not the arm
 
 

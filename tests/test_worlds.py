@@ -31,7 +31,7 @@ from raysearch.model import (
 )
 from raysearch.pace import Pace
 from raysearch.plan import Ask, Carry, Command, Conclude, Finish, Materialise, MoveRatchet, StartTrial, next_commands
-from raysearch.schedule import Slot, is_spoilt
+from raysearch.schedule import Slot, covered_links, is_spoilt
 from raysearch.study import Lane, Settings, Study, baseline_id, candidate_id, screen_id
 
 CPU, GPU = cpu_profile(), gpu_profile()
@@ -75,6 +75,7 @@ def random_shape(chance: random.Random) -> Shape:
     slots = tuple(Slot(f"{slug}{number}", slug) for slug in slugs for number in range(chance.randint(1, 8)))
     rules = judge.Rules(
         screen_probability=chance.choice((0.1, 0.3, 0.6)),
+        frontier_probability=chance.choice((0.1, 0.5, 0.8)),
         max_pairs=chance.choice((1, 2, 3, 5)),
         greedy=chance.random() < 0.1,
     )
@@ -233,7 +234,7 @@ class World:
             rival = study.trials.get(state.trial.rival or "")
             if rival is not None:
                 assert rival.trial.seed == state.trial.seed
-                assert rival.trial.candidate == base_of(study, state.trial.candidate)
+                assert rival.trial.candidate == study.opponent(study.candidates[state.trial.candidate]).id
 
     def check_idle(self, lane: Lane, starts: Sequence[StartTrial], busy: set[str]) -> None:
         """While a slot idles, nothing waits that could be started."""
@@ -252,8 +253,11 @@ class World:
         first = {baseline_id(lane.base, number) for number in range(1, self.shape.settings.baseline_runs + 1)}
         waiting = {name for name in first if name not in study.trials or study.trials[name].outcome is None}
         assert waiting <= started | set(study.running)
+        covered = covered_links(study, lane)
         for name in lane.racing if not waiting else ():
             state = study.candidates[name]
+            if name in covered:
+                continue  # it is raced with what was built on it
             if state.races or study.lives(lane, base_of(study, name)):
                 good = sum(not is_spoilt(study, study.trials[run]) for run in state.races)
                 new = sum(command.trial.candidate == name and command.attempt == 1 for command in starts)
@@ -265,7 +269,8 @@ class World:
         lane = self.study.lanes[command.profile]
         assert state.verdict is Verdict.KEEP
         assert command.expected == lane.champion_commit
-        assert base_of(self.study, state.id) == lane.champion
+        opponents = {self.study.trials[run].trial.rival for run in state.races}
+        assert {self.study.trials[run].trial.candidate for run in opponents if run} <= {lane.champion}
         if not self.shape.settings.rules.greedy:
             assert self.study.race_pairs(state)
 
