@@ -219,7 +219,7 @@ def test_the_time_between_a_kill_and_the_next_session_is_neither_idle_nor_a_gap(
     first, second = tally.sessions(history.study)
     assert first == pytest.approx((histories.START, known_at), abs=0.5)
     assert second[0] - first[1] >= 36_000
-    assert max(after.gaps_s) < 0.2
+    assert max(after.gaps_s) < 60  # at the end a slot may wait for a race whose outcome decides what else is raced
     assert after.idle_s < before.slot_s + 60
     assert after.active_s < 1000
 
@@ -330,7 +330,10 @@ def test_a_change_that_was_carried_is_one_try_and_all_of_its_runs_are_counted() 
     told.confirm(first, second)
     told.move()
     carrier = told.carry()
-    told.win(carrier, than=0.7)
+    for _ in range(2):
+        told.run_pair(carrier, than=0.7)
+    told.conclude()
+    told.move()
     found = {one.proposer: one.total for one in tally.proposers(told.study)}
     assert {name: (one.proposals, one.tried, one.screened, one.confirmed) for name, one in found.items()} == {
         "chat": (1, 1, 1, 1),
