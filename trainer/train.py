@@ -533,7 +533,7 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx, h: Tensor, h8: Tensor | None, unembed: Tensor, targets: Tensor) -> Tensor:
         """Takes h (B, T, C), also in 8 bits, unembed (V, C) float32, targets (B, T); returns a 0-d float32 tensor."""
         rows, weight, targets = h.flatten(0, 1), unembed.to(h.dtype), targets.flatten()
-        in8 = None if h8 is None else (h8.flatten(0, 1), float8(unembed))
+        in8 = None if h8 is None or len(unembed) % 16 else (h8.flatten(0, 1), float8(unembed))
         (N, V), wants_grad = (len(rows), len(weight)), ctx.needs_input_grad[0]
         losses = torch.empty(N, device=h.device)
         grad_rows = torch.empty_like(rows) if wants_grad else None
@@ -920,7 +920,8 @@ def add_norm(
     Returns x, its norm, the norm's first channels, x0, and the norm in 8 bits where products want it.
     """
     if x.is_cuda and HAS_TRITON:
-        return FusedAddNorm.apply(x, other, x0, keep, add, head, FLOAT8 and has_hopper_kernels())
+        in8 = FLOAT8 and has_hopper_kernels() and WIDTH % 16 == 0  # a rule of products in 8 bits
+        return FusedAddNorm.apply(x, other, x0, keep, add, head, in8)
     x, h = plain_add_norm(x, other, x0, keep, add)
     return x, h, h[..., :head], x0, None
 
