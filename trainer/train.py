@@ -469,7 +469,7 @@ if HAS_TRITON:
         """Writes relu(a bᵀ · SCALE)²; backward: a bᵀ · SCALE · 2 √activation, the gradient before the squared ReLU.
 
         With FLOAT8 a and b (M, K and N, K) have 8 bits, and the result is also written in 8 bits, times SHRINK;
-        backward the one in 16 bits is times the scales of a's rows.
+        backward the activation has 8 bits too, and the result in 16 bits is times the scales of a's rows.
         """
         tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
         for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
@@ -674,25 +674,25 @@ class FusedMLP(torch.autograd.Function):
         if h8 is None:
             up, down = up.to(h.dtype), down.to(h.dtype)
             hidden, _ = FusedMLP.launch(rows, up)
-            ctx.save_for_backward(rows, hidden, up, down)
+            ctx.save_for_backward(rows, hidden, hidden, up, down)
             return (hidden @ down.mT).view(h.shape)
         up, down = float8(up), float8(down)
         hidden, hidden8 = FusedMLP.launch(h8.flatten(0, 1), up)
-        ctx.save_for_backward(rows, hidden, up, down)
+        ctx.save_for_backward(rows, hidden, hidden8, up, down)
         return product8(hidden8, down, 1 / (HIDDEN_SCALE * WEIGHT_SCALE)).view(h.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        """Through the squared ReLU, whose slope is 2 √hidden."""
-        rows, hidden, up, down = ctx.saved_tensors
+        """Through the squared ReLU, whose slope is 2 √hidden: read in 8 bits, where it has them, since that is less."""
+        rows, hidden, activation, up, down = ctx.saved_tensors
         shape, grad = grad.shape, grad.flatten(0, 1)
         down = down.mT.contiguous()
         if ctx.float8:
             grad8, scales = float8_rows(grad)
-            inner, inner8 = FusedMLP.launch(grad8, down, hidden, scales)
+            inner, inner8 = FusedMLP.launch(grad8, down, activation, scales)
             grad_rows = product8(inner8, up.mT.contiguous(), 1 / (INNER_SCALE * WEIGHT_SCALE), scales)
         else:
-            inner, _ = FusedMLP.launch(grad, down, hidden)
+            inner, _ = FusedMLP.launch(grad, down, activation)
             grad_rows = inner @ up
         grad_down = torch.mm(grad.mT, hidden, out_dtype=torch.float32)
         grad_up = torch.mm(inner.mT, rows, out_dtype=torch.float32)
@@ -709,12 +709,11 @@ class FusedMLP(torch.autograd.Function):
         out8 = torch.empty_like(out, dtype=a.dtype) if in8 else out
         BM, BN = 128, 256
         # so many columns at a time, and so many tiles on their way, as a processor's memory holds
-        if in8:
-            BK, stages = (64, 4) if backward else (128, 3)
-        else:
-            BK, stages = (32, 5) if backward else (64, 3)
+        BK, stages = (128, 3) if in8 else (32, 5) if backward else (64, 3)
         half = TensorDescriptor.from_tensor(out, [BM, BN // 2])
         scale, shrink = 1 / WEIGHT_SCALE if in8 else 1.0, INNER_SCALE if backward else HIDDEN_SCALE
+        if in8 and backward:
+            scale *= HIDDEN_SCALE**-0.5  # the activation is that much smaller
         programs = torch.cuda.get_device_properties(a.device).multi_processor_count
         relu2_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [BM, BK]),
