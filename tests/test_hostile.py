@@ -388,12 +388,13 @@ def test_an_agent_that_is_at_work_when_the_study_is_stopped_is_ended_and_its_cos
 
     assert attack.toy.drive(trials=None, meanwhile=meanwhile).startswith("stopped at once")
     until(lambda: not any(leftovers.marks(int(pid)) for pid in pids.read_text().split()))
+    purse = attack.toy.own_purse
+    assert purse is not None
+    until(lambda: purse.spent_usd == pytest.approx(4 * 0.25))  # each is settled last, when its folder is gone
+    assert not any(a + b for path, a, b in os.walk(attack.toy.folder.scratch) if Path(path).name == "at-work")
     (event,) = attack.dropped()
     assert (event.proposer, event.reason) == ("ended", "what was in flight when the session ended")
     assert event.cost_usd == pytest.approx(4 * 0.25)
-    # not with a glob, which stumbles over a folder that is removed meanwhile
-    scratch = attack.toy.folder.scratch
-    until(lambda: not any(a + b for path, a, b in os.walk(scratch) if Path(path).name == "at-work"))
 
 
 def until(holds: Callable[[], object]) -> None:
