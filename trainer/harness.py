@@ -115,8 +115,8 @@ _ARGUMENTS = None
 if __name__ == "__main__":
     if not waiting.wanted(sys.argv[1:]):
         _ARGUMENTS = parse(sys.argv[1:])  # before torch: a typing error should not cost two seconds
-    # OpenMP reads these once, when torch is loaded. Threads that spin while they wait steal from the other slots, and beside
-    # other work each of their waits lasts as long as a turn of the scheduler: a training was 30 times slower.
+    # OpenMP reads these once, when torch is loaded. Threads that spin while they wait steal from the other slots, and
+    # beside other work each of their waits lasts as long as a turn of the scheduler: a training was 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if _ARGUMENTS and _ARGUMENTS.threads:
         os.environ.update({name: str(_ARGUMENTS.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
