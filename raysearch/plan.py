@@ -129,7 +129,7 @@ def next_commands(
         of them changes what follows. Carrying is one at a time, behind what can be started without it: it takes
         a tenth of a second, and no slot should wait for the second change when the first is ready.
     """
-    decisions = _decisions(study, slots)
+    decisions = _decisions(study, slots, draining=draining)
     if decisions:
         return decisions
     if draining:
@@ -162,10 +162,10 @@ def next_commands(
 # ---- decisions ----
 
 
-def _decisions(study: Study, slots: Sequence[Slot]) -> list[Command]:
+def _decisions(study: Study, slots: Sequence[Slot], *, draining: bool) -> list[Command]:
     commands: list[Command] = [Materialise(proposal) for proposal in study.waiting.values()]
     for lane in study.lanes.values():
-        winner = _winner(study, lane)
+        winner = _winner(study, lane, draining=draining)
         if winner is not None:  # alone: whatever else was confirmed here is carried onto it afterwards
             commands.append(MoveRatchet(lane.profile.slug, winner.candidate, lane.champion_commit))
             continue
@@ -174,9 +174,16 @@ def _decisions(study: Study, slots: Sequence[Slot]) -> list[Command]:
     return commands
 
 
-def _winner(study: Study, lane: Lane) -> CandidateState | None:
-    """The best of those that were confirmed against the champion."""
+def _winner(study: Study, lane: Lane, *, draining: bool) -> CandidateState | None:
+    """The best of those that were confirmed against the champion; none while the head stands on something else.
+
+    A small win that moves the ratchet takes away what all that stands beside it was built on: where many slots work on
+    a head that promises more, it waits until the head is confirmed or refuted (docs/adr/0028).
+    """
     found = [study.candidates[name] for name in lane.confirmed if study.candidates[name].base == lane.champion]
+    if found and not draining:
+        step = study.next_step(lane)
+        found = [state for state in found if step in (state.id, lane.champion)]
     return max(found, key=lambda state: state.gain or 0.0, default=None)
 
 

@@ -772,6 +772,13 @@ class Study:
                     best, most = name, promised
         return self.candidates[best]
 
+    def next_step(self, lane: Lane) -> str:
+        """The candidate on the champion that the head is or stands on; the champion itself if it is the head."""
+        name = self.head(lane).id
+        while name != lane.champion and self.candidates[name].base != lane.champion:
+            name = self.candidates[name].base
+        return name
+
     def _promised(self, lane: Lane, candidate_id: str) -> float:
         """What a frontier candidate is worth beyond the champion, 0 if it may not be built upon."""
         promised = 0.0

@@ -173,6 +173,41 @@ def test_of_two_wins_at_once_the_better_moves_the_ratchet_and_the_other_is_carri
     assert command == Carry((told.state(less).candidate,), commit_of(f"step {more}"), more)
 
 
+def with_a_smaller_win() -> tuple[Told, str, str]:
+    """A small win, confirmed while what others are built on promises more and is still raced."""
+    told = ready(slots=FOUR)
+    small, great = told.candidate(), told.candidate()
+    told.promise(small, value=0.8)
+    told.promise(great, value=0.2)
+    told.confirm(small, gain=0.2)
+    assert small in told.lane.confirmed
+    return told, small, great
+
+
+def test_a_small_win_does_not_move_the_ratchet_away_from_a_head_that_promises_more():
+    told, small, great = with_a_smaller_win()
+    assert not any(isinstance(command, MoveRatchet | Carry) for command in told.commands())
+    above = told.candidate(on=great)
+    told.confirm(great, gain=0.8)
+    told.move()
+    assert told.lane.champion == great
+    assert f"{above}-screen" in told.could()  # what was built on the head needed no merge
+    assert told.carries() == (small,)
+
+
+def test_a_small_win_moves_the_ratchet_once_the_head_is_refuted():
+    told, small, great = with_a_smaller_win()
+    told.refute(great)
+    told.move()
+    assert told.lane.champion == small
+
+
+def test_a_study_that_is_stopped_takes_the_wins_that_it_has():
+    told, small, _ = with_a_smaller_win()
+    (command,) = told.commands(draining=True)
+    assert command == MoveRatchet("cpu", told.state(small).candidate, BASE)
+
+
 # ---- the frontier ----
 
 
@@ -351,8 +386,8 @@ def test_a_union_that_had_to_be_carried_once_more_is_split_into_its_own_changes(
     told, wins = with_wins(2)
     faster = told.candidate()
     union = told.carry()
-    told.promise(faster, value=0.2)
-    told.win(faster, than=0.4)
+    told.promise(faster, value=-0.5)
+    told.win(faster, gain=0.9, than=0.4)  # more than the union promises
     assert told.carries() == (union,)
     again = told.carry()
     assert told.state(again).verdict is Verdict.RETEST
@@ -384,9 +419,9 @@ def test_a_win_that_is_merged_goes_on_to_what_was_won_meanwhile():
     told, (one,) = with_wins(1)
     carried = told.carry()
     faster = told.candidate()
-    told.promise(faster, value=0.2)
+    told.promise(faster, value=-0.2)
     told.start(f"{carried}-pair1", slot="c")
-    told.win(faster, than=0.4)
+    told.win(faster, gain=0.6, than=0.4)
     told.end(f"{carried}-pair1", 0.2)
     told.conclude()
     if told.state(carried).verdict is Verdict.RETEST:  # it was raced against the champion that it was made for
@@ -395,16 +430,17 @@ def test_a_win_that_is_merged_goes_on_to_what_was_won_meanwhile():
     assert told.carries() == (carried,)
     again = told.carry()
     assert told.state(again).verdict is Verdict.RETEST
-    told.win(again, gain=0.5, than=0.2)
+    told.win(again, gain=0.5, than=-0.2)
     assert [proposal.id for proposal in told.study.roots(told.state(again).candidate.proposal)] == [one]
 
 
 def test_a_race_that_has_begun_ends_where_it_began():
     told = ready(slots=FOUR)
     one, other = told.candidate(), told.candidate()
-    told.promise(one, other)
+    told.promise(one, value=0.2)
+    told.promise(other)
     told.start(f"{other}-pair1", slot="c")
-    told.win(one)
+    told.win(one, gain=0.8)
     assert told.carries() == ()
     told.end(f"{other}-pair1", 0.9)
     (event,) = told.conclude()
@@ -415,8 +451,9 @@ def test_a_race_that_has_begun_ends_where_it_began():
 def test_a_race_that_has_not_begun_is_carried_first_and_needs_no_second_first_run():
     told = ready()
     one, other = told.candidate(), told.candidate()
-    told.promise(one, other)
-    told.win(one)
+    told.promise(one, value=0.2)
+    told.promise(other)
+    told.win(one, gain=0.8)
     assert told.carries() == (other,)
     new = told.carry()
     assert told.state(new).verdict is Verdict.RETEST

@@ -279,7 +279,7 @@ def test_a_lost_run_that_another_race_waits_for_is_run_again_though_its_own_race
 
 
 def test_a_lost_reference_that_nobody_waits_for_is_not_run_again():
-    told = ready(noise_share=0.0)
+    told = ready(noise_share=0.0, frontier=False)
     one, other = told.candidate(), told.candidate()
     told.promise(one, other)
     told.run_pair(one)
