@@ -36,6 +36,10 @@ ip addr add "$network.254/24" dev "$bridge"
 ip link set "$bridge" up
 base=$("$python" -c 'import sys; print(sys._base_executable)')
 packages=$("$python" -c 'import site, ray; print(ray.__path__[0].rsplit("/", 1)[0])')
+case $packages in /tmp/*)
+    echo "ray_up.sh: packages in $packages: no host sees them, each has a /tmp of its own; put the checkout elsewhere" >&2
+    exit 2 ;;
+esac
 "$python" -m pip --version >/dev/null 2>&1 && pip=("$python" -m pip) || pip=("$base" -m pip)
 "${pip[@]}" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$place/dist" . ||
     "${pip[@]}" wheel --quiet --no-deps --wheel-dir "$place/dist" .
