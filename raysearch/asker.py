@@ -129,8 +129,6 @@ class AnyAsker:
 
     def came_late(self, request: Request, result: Result, seconds: float) -> list[Answer]:
         """An ask that was given up has come to something after all: what it cost is counted, and nothing else."""
-        if isinstance(result, SpentUp):
-            self.standing.retire(line_of(result))
         ideas = [] if isinstance(result, BaseException) else [_late(idea, seconds) for idea in result if idea.cost_usd]
         return [Answer(request, ideas, seconds)] if ideas else []
 
@@ -220,6 +218,7 @@ class _Ask:
         started_at: Unix time at which it came to the proposer.
         result: What the proposer gave or raised.
         given_up: Whether nobody waits for it any more.
+        is_poor: Whether it was asked when less could be spent.
     """
 
     request: Request
@@ -227,6 +226,7 @@ class _Ask:
     ended_at: float | None = None
     result: Result = ()
     given_up: bool = False
+    is_poor: bool = False
 
 
 class Asker(AnyAsker):
@@ -257,6 +257,12 @@ class Asker(AnyAsker):
             self._asks.append(ask)
             self._threads.submit(lambda ask=ask: self._ask(ask))
 
+    def revive(self) -> None:
+        """Asks it again; that the money was spent is no news from an ask of before."""
+        for ask in self._asks:
+            ask.is_poor = True
+        super().revive()
+
     def tell(self, told: Callable[[], Told]) -> None:
         """Tells; a proposer with one thread, after what it was asked before.
 
@@ -275,7 +281,8 @@ class Asker(AnyAsker):
                 answers += self.came_late(ask.request, ask.result, seconds)
             else:
                 self._asks.remove(ask)
-                answers.append(self.came(ask.request, ask.result, seconds))
+                outdated = ask.is_poor and isinstance(ask.result, SpentUp)
+                answers.append(self.came(ask.request, [] if outdated else ask.result, seconds))
         for ask in [ask for ask in self._asks if self._is_overdue(ask)]:
             with self._lock:
                 ask.given_up = ask.ended_at is None

@@ -357,6 +357,30 @@ def test_a_proposer_that_may_spend_no_more_is_not_asked_again(ponder: Ponder):
     assert asker.notes() == ["proposer mind is not asked any more: $5.00 of $5.00 are spent; raise --max-usd"]
 
 
+def test_that_the_money_is_spent_is_no_news_from_before_there_was_more_of_it(ponder: Ponder):
+    spent, more = SpentUp("$5.00 of $5.00 are spent; raise --max-usd"), SpentUp("$9.00 of $9.00 are spent; raise it")
+    asker, proposer, clock = ponder(spent, spent, more)
+    asker.ask(REQUEST)
+    begun(proposer, 0, 1)
+    proposer.gates[0].set()
+    assert answered(asker).ideas == []
+    asker.revive()
+    proposer.gates[1].set()
+    answer = answered(asker)
+    assert (answer.ideas, answer.failure) == ([], "")
+    clock.now += PAUSE_S[1]
+    assert not asker.pace("cpu").rests
+    asker.ask(replace(REQUEST, count=1))
+    proposer.gates[2].set()
+    assert answered(asker).ideas == []
+    assert asker.pace("cpu").rests
+    assert asker.notes() == [
+        "proposer mind is not asked any more: $5.00 of $5.00 are spent; raise --max-usd",
+        "proposer mind is asked again",
+        "proposer mind is not asked any more: $9.00 of $9.00 are spent; raise it",
+    ]
+
+
 # ---- the end ----
 
 
