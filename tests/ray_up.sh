@@ -10,6 +10,12 @@ set -euo pipefail
 
 cd "$(dirname "$0")/.."
 python=$(realpath --no-symlinks "${PYTHON:-.venv/bin/python}")
+base=$("$python" -c 'import sys; print(sys._base_executable)')
+packages=$("$python" -c 'import site, ray; print(ray.__path__[0].rsplit("/", 1)[0])')
+case $packages in /tmp/*)
+    echo "ray_up.sh: packages in $packages: no host sees them, each has a /tmp of its own; put the checkout elsewhere" >&2
+    exit 2 ;;
+esac
 place=$(mktemp -d /var/tmp/ray-up-XXXXXX) # not under /tmp, which each host has for itself
 tag=$(basename "$place" | tail -c 5)
 network=10.77.$((RANDOM % 200 + 20))
@@ -34,12 +40,6 @@ ssh-keygen -q -t ed25519 -N '' -f "$place/host_key"
 ip link add "$bridge" type bridge
 ip addr add "$network.254/24" dev "$bridge"
 ip link set "$bridge" up
-base=$("$python" -c 'import sys; print(sys._base_executable)')
-packages=$("$python" -c 'import site, ray; print(ray.__path__[0].rsplit("/", 1)[0])')
-case $packages in /tmp/*)
-    echo "ray_up.sh: packages in $packages: no host sees them, each has a /tmp of its own; put the checkout elsewhere" >&2
-    exit 2 ;;
-esac
 "$python" -m pip --version >/dev/null 2>&1 && pip=("$python" -m pip) || pip=("$base" -m pip)
 "${pip[@]}" wheel --quiet --no-deps --no-build-isolation --wheel-dir "$place/dist" . ||
     "${pip[@]}" wheel --quiet --no-deps --wheel-dir "$place/dist" .
