@@ -27,12 +27,14 @@ from raysearch.directions import Directions, Range, parse, refusal
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
-from raysearch.proposers import Idea, Proposer, Request, Told, inbox, tune
+from raysearch.proposers import Idea, Proposer, Request, Told, inbox, searchers, tune
 from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.combine import CombineProposer
+from raysearch.proposers.reach import LEAST, PLACES, REACH
+from raysearch.proposers.searchers import LEARN_ALL, PACKAGES, check_searcher
 from raysearch.proposers.simplify import SimplifyProposer
 from raysearch.proposers.transfer import TransferProposer
-from raysearch.proposers.tune import LEARN_ALL, LEAST, PACKAGES, PLACES, REACH, TuneProposer, check_searcher
+from raysearch.proposers.tune import TuneProposer
 from raysearch.ratchet import Ratchet
 
 MINIMIZE = Direction.MINIMIZE
@@ -78,7 +80,7 @@ class Dense(Searcher):
 @pytest.fixture(autouse=True)
 def dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(search.SEARCH_ALG_IMPORT, "dense", lambda: Dense)
-    monkeypatch.setitem(tune.PACKAGES, "dense", "optuna")
+    monkeypatch.setitem(searchers.PACKAGES, "dense", "optuna")
     monkeypatch.setattr(Dense, "made", [])
 
 
@@ -786,7 +788,7 @@ def test_an_unknown_searcher_is_refused_with_those_that_are_known():
 
 
 def test_a_searcher_whose_package_is_missing_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(tune.PACKAGES, "ax", "no_such_package")
+    monkeypatch.setitem(searchers.PACKAGES, "ax", "no_such_package")
     with pytest.raises(UserError, match="searcher 'ax' needs the package 'no_such_package', which is not installed"):
         check_searcher("ax")
     check_searcher("optuna")

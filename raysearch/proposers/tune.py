@@ -14,14 +14,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raysearch.errors import UserError
 from raysearch.knobs import (
     Knob,
     Value,
@@ -37,43 +35,14 @@ from raysearch.knobs import (
 from raysearch.model import Direction, Operator
 from raysearch.patches import unified_diff
 from raysearch.proposers import Idea, Proposer, Request, Told
+from raysearch.proposers.reach import differs, place, reached
+from raysearch.proposers.searchers import LEARN_ALL, METRIC, MODELLED_RUNS, check_searcher, make_searcher
 
-METRIC = "score"
-REACH = 0.35  # of a knob's range (log range where it is one): the longest move in one proposal
-LEAST = 0.03  # of a knob's range: the shortest move; TPE mostly suggests values that were run, or nearly
-PLACES = 2  # the longest move among choices that are numbers in order
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
 SUGGESTIONS = 30  # of the searcher, looked at for one proposal; then the neighbourhood is tried at random
-MODELLED_RUNS = 300  # that a new searcher is told: TPE's time grows with them, and it gives old ones next to no weight
 WILD = 0.3  # share of the proposals whose knobs move anywhere near, not towards a suggestion (docs/adr/0007)
 BEST_RUNS = 25  # of these; TPE's model of the good ones has no more
 RANDOM_DRAWS = 600  # proposals tried at random before the proposer says that it has no idea
-PACKAGES = {
-    "ax": "ax",
-    "bayesopt": "bayes_opt",
-    "bohb": "hpbandster",
-    "hebo": "hebo",
-    "hyperopt": "hyperopt",
-    "nevergrad": "nevergrad",
-    "optuna": "optuna",
-    "random": "optuna",
-    "zoopt": "zoopt",
-}
-LEARN_ALL = ("hebo", "optuna", "random")  # they have `add_evaluated_point`: they learn from what they did not suggest
-
-
-def check_searcher(name: str) -> None:
-    """Refuses a searcher that cannot be had.
-
-    Raises:
-        UserError: The name is not one of `ray.tune.search`'s, or its package is not installed.
-    """
-    if name not in PACKAGES:
-        raise UserError(
-            f"searcher {name!r} is not known; known: {', '.join(sorted(PACKAGES))}; take one with --searcher"
-        )
-    if find_spec(PACKAGES[name]) is None:
-        raise UserError(f"searcher {name!r} needs the package {PACKAGES[name]!r}, which is not installed; install it")
 
 
 @dataclass
@@ -133,7 +102,7 @@ class TuneProposer(Proposer):
             UserError: The searcher does not know knobs of these kinds, or cannot be made here.
         """
         if self._searcher_name not in ("optuna", "random") and (knobs := read_knobs(source, path=self._path)):
-            self._make_searcher(knobs, "min")
+            make_searcher(self._searcher_name, knobs, mode="min", seed=0)
 
     def ask(self, request: Request) -> list[Idea]:
         """Up to `request.count` programs that are the champion with a few knobs moved.
@@ -215,13 +184,13 @@ class TuneProposer(Proposer):
         A suggestion takes TPE tens of milliseconds. It models the knobs one by one, so that these programs follow its
         model as well as those that have a suggestion each.
         """
-        differing = [name for name, knob in sieve.knobs.items() if _differs(knob, suggested[name])]
+        differing = [name for name, knob in sieve.knobs.items() if differs(knob, suggested[name])]
         self._random.shuffle(differing)
         dealt: list[Values] = []
         while differing:
             count = self._random.choice(MOVED_KNOBS)
             moved, differing = differing[:count], differing[count:]
-            dealt.append(sieve.champion | {name: _reached(sieve.knobs[name], suggested[name]) for name in moved})
+            dealt.append(sieve.champion | {name: reached(sieve.knobs[name], suggested[name]) for name in moved})
         return dealt
 
     def _anywhere(self, sieve: _Sieve) -> Values:
@@ -248,7 +217,8 @@ class TuneProposer(Proposer):
         # The seed goes on with the study: after a restart it must not suggest all over what was run.
         self._random = random.Random(f"{self._seed} {request.profile} {len(space.told)}")
         mode = "min" if request.direction is Direction.MINIMIZE else "max"
-        space.searcher = self._make_searcher(knobs, mode)
+        seed = self._random.getrandbits(32)
+        space.searcher = make_searcher(self._searcher_name, knobs, mode=mode, seed=seed)
         space.anchor = anchor
         space.open.clear()  # they are trials of the searcher before
         space.fed = 0
@@ -257,41 +227,6 @@ class TuneProposer(Proposer):
                 _feed(space, values, value)
         return space
 
-    def _make_searcher(self, knobs: Mapping[str, Knob], mode: str) -> Any:
-        """The searcher, of the whole ranges if it learns from all runs, else of the champion's neighbourhood."""
-        from ray.tune import search  # noqa: PLC0415 - costs a second
-        from ray.tune.search.optuna import OptunaSearch  # noqa: PLC0415
-
-        seed = self._random.getrandbits(32)
-        domains = {name: _domain(knob if self._learns_all else _neighbourhood(knob)) for name, knob in knobs.items()}
-        if self._searcher_name in ("optuna", "random"):
-            import optuna  # noqa: PLC0415
-
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            # Knob by knob: most runs have most of their knobs at a champion's values, and a joint model of 20 knobs
-            # then suggests little but the champion (docs/adr/0007 has figures).
-            sampler: Any = (
-                optuna.samplers.TPESampler(seed=seed, multivariate=False)
-                if self._searcher_name == "optuna"
-                else optuna.samplers.RandomSampler(seed=seed)
-            )
-            space = OptunaSearch.convert_search_space(domains)
-            return OptunaSearch(space=space, metric=METRIC, mode=mode, sampler=sampler)
-        seeds = {"random_state_seed": seed, "random_state": seed, "seed": seed}  # each searcher has its own name for it
-        start = [{name: _allowed(knob) for name, knob in knobs.items()}]
-        try:
-            own = _own_arguments(self._searcher_name)
-            found: Any = search.create_searcher(
-                self._searcher_name, metric=METRIC, mode=mode, points_to_evaluate=start, **seeds, **own
-            )
-            found.set_search_properties(METRIC, mode, domains)
-        except (ValueError, TypeError, AssertionError, ImportError) as error:  # bayesopt knows no choices, for instance
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"searcher {self._searcher_name!r} cannot search these knobs: {reason}; take another with --searcher"
-            ) from None
-        return found
-
     def _suggest(self, space: _Space) -> tuple[str, Values | None]:
         space.asked += 1
         trial = f"ask{space.asked}"
@@ -299,15 +234,6 @@ class TuneProposer(Proposer):
         if not isinstance(suggested, dict):  # None or FINISHED: it has nothing more
             return trial, None
         return trial, {name: _clean(suggested[name], knob) for name, knob in space.knobs.items()}
-
-
-def _own_arguments(searcher: str) -> dict[str, Any]:
-    """What a searcher of Ray's cannot be made without."""
-    if searcher == "nevergrad":
-        import nevergrad  # noqa: PLC0415 # pyright: ignore[reportMissingImports]
-
-        return {"optimizer": nevergrad.optimizers.NGOpt, "optimizer_kwargs": {"budget": MODELLED_RUNS}}
-    return {"budget": MODELLED_RUNS} if searcher == "zoopt" else {}
 
 
 def _complete(space: _Space, trial: str, value: float | None) -> None:
@@ -400,48 +326,7 @@ class _Runs:
 
 def _place(values: Values, knobs: Mapping[str, Knob]) -> list[float]:
     """A program's place in units of the knobs' ranges; NaN for a knob that it has not, or has in another sense."""
-    place: list[float] = []
-    for name, knob in knobs.items():
-        value = values.get(name)
-        known = value in knob.choices if knob.choices else isinstance(value, int | float)
-        place.append(knob.unit(value) if value is not None and known else math.nan)
-    return place
-
-
-def _allowed(knob: Knob) -> Value:
-    """The knob's own value, or the nearest that it may be moved to: directions may leave the own one out."""
-    if knob.allows(knob.value):
-        return knob.value
-    if not knob.is_number or isinstance(knob.value, str | bool):
-        return knob.choices[0]
-    near = knob.nearest(float(knob.value))
-    return near if knob.allows(near) or knob.low is None else knob.low  # no number of 4 digits lies inside
-
-
-def _differs(knob: Knob, value: Value) -> bool:
-    """Whether it is worth a run to move the knob towards the value."""
-    if knob.choices or knob.is_int or not knob.allows(knob.value):
-        return value != knob.value
-    return abs(knob.unit(value) - knob.unit(knob.value)) >= LEAST
-
-
-def _reached(knob: Knob, value: Value) -> Value:
-    """`value`, or the furthest that one proposal may go from the knob's own value in that direction."""
-    if knob.choices:
-        if not knob.is_ordered:
-            return value
-        here, there = knob.choices.index(_allowed(knob)), knob.choices.index(value)
-        return knob.choices[min(max(there, here - PLACES), here + PLACES)]
-    assert not isinstance(value, str)
-    assert not isinstance(knob.value, str)
-    start, goal = knob.unit(knob.value), knob.unit(value)
-    reached = min(max(goal, start - REACH), start + REACH)
-    if reached == goal:
-        return value
-    moved = knob.nearest(knob.at(reached))
-    if knob.is_int and moved == knob.value:  # a third of a narrow range is less than a whole number
-        return knob.value + (1 if goal > start else -1)
-    return moved
+    return [place(knob, values.get(name)) for name, knob in knobs.items()]
 
 
 def _clean(value: Any, knob: Knob) -> Value:
@@ -449,37 +334,6 @@ def _clean(value: Any, knob: Knob) -> Value:
     if knob.choices:
         return next(choice for choice in knob.choices if choice == value)
     return knob.nearest(float(value))
-
-
-def _neighbourhood(knob: Knob) -> Knob:
-    """The knob with its range cut to what one proposal may reach."""
-    if knob.choices:
-        here = knob.choices.index(_allowed(knob))
-        near = knob.choices[max(0, here - PLACES) : here + PLACES + 1]
-        return replace(knob, choices=near) if knob.is_ordered else knob
-    assert knob.low is not None
-    assert knob.high is not None
-    own = _allowed(knob)
-    start = knob.unit(own)
-    low, high = knob.at(max(0.0, start - REACH)), knob.at(min(1.0, start + REACH))
-    if knob.is_int:
-        assert not isinstance(own, str)
-        low, high = min(math.ceil(low), own - 1), max(math.floor(high), own + 1)
-    return replace(knob, low=max(low, knob.low), high=min(high, knob.high))
-
-
-def _domain(knob: Knob) -> Any:
-    """The knob's range as Ray Tune's domain."""
-    from ray import tune  # noqa: PLC0415
-
-    if knob.choices:
-        return tune.choice(list(knob.choices))
-    assert knob.low is not None
-    assert knob.high is not None
-    if knob.is_int:
-        make = tune.lograndint if knob.log else tune.randint
-        return make(int(knob.low), int(knob.high) + 1)
-    return tune.loguniform(knob.low, knob.high) if knob.log else tune.uniform(knob.low, knob.high)
 
 
 def _ranges(knobs: Mapping[str, Knob]) -> list[tuple[object, ...]]:
