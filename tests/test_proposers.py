@@ -31,10 +31,10 @@ from raysearch.proposers import Idea, Proposer, Request, Told, inbox, searchers,
 from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.combine import CombineProposer
 from raysearch.proposers.reach import LEAST, PLACES, REACH
-from raysearch.proposers.searchers import LEARN_ALL, PACKAGES, check_searcher
+from raysearch.proposers.searchers import LEARN_ALL, OWN, PACKAGES, check_searcher
 from raysearch.proposers.simplify import SimplifyProposer
 from raysearch.proposers.transfer import TransferProposer
-from raysearch.proposers.tune import TuneProposer
+from raysearch.proposers.tune import MODELLED_KNOBS, TuneProposer
 from raysearch.ratchet import Ratchet
 
 MINIMIZE = Direction.MINIMIZE
@@ -84,7 +84,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Dense, "made", [])
 
 
-SEARCHERS = ("optuna", "random", "dense")
+SEARCHERS = ("additive", "optuna", "random", "dense")
 
 
 @pytest.fixture(params=SEARCHERS)
@@ -128,7 +128,8 @@ class Bench:
         before = read_knobs(self.champion)
         moved = [knob for name, knob in before.items() if knobs[name].value != knob.value]
         assert moved
-        assert getattr(self.proposer, "_searcher_name", "") not in LEARN_ALL or len(moved) <= 3
+        searcher = getattr(self.proposer, "_searcher_name", "")
+        assert len(moved) <= (max(MODELLED_KNOBS) if searcher == OWN else 3) or searcher not in (OWN, *LEARN_ALL)
         for knob in moved:
             assert knob.name in idea.hypothesis
             assert is_near(knob, knobs[knob.name].value), f"{knob.name} {knob.value} → {knobs[knob.name].value}"
@@ -553,7 +554,9 @@ def test_the_tuned_file_may_have_another_name():
 @given(seed=st.integers(0, 10**6))
 def test_any_program_with_knobs_can_be_tuned(seed: int):
     chance = random.Random(seed)
-    bench = Bench(TuneProposer(searcher=chance.choice(["optuna", "random"]), seed=seed), champion=any_program(chance))
+    bench = Bench(
+        TuneProposer(searcher=chance.choice(["additive", "optuna", "random"]), seed=seed), champion=any_program(chance)
+    )
     for program in bench.programs(4):
         bench.tell(program, chance.choice([None, chance.random()]))
     bench.programs(2)
@@ -658,15 +661,16 @@ SIX = "".join(
 )
 
 
-def test_tpe_uses_what_it_was_told():
+def test_tpe_and_the_model_use_what_they_were_told():
     """On a smooth function of six knobs, 60 proposals one after the other, against the same at random."""
-    ends: dict[str, list[float]] = {"optuna": [], "random": []}
+    ends: dict[str, list[float]] = {"additive": [], "optuna": [], "random": []}
     for seed in range(7):
         chance = random.Random(seed)
         score = smooth({name: chance.uniform(0.2, 0.9) for name in "ABCDEF"})
         for name, end in ends.items():
             end.append(Bench(TuneProposer(searcher=name, seed=seed), champion=SIX).climb(score, 60)[-1])
     assert median(ends["optuna"]) < 0.8 * median(ends["random"])
+    assert median(ends["additive"]) < 0.8 * median(ends["optuna"])
 
 
 def test_the_direction_of_the_metric_is_heeded():
@@ -685,7 +689,7 @@ def test_the_direction_of_the_metric_is_heeded():
 def test_a_long_study_is_modelled_by_its_best_and_its_latest_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "MODELLED_RUNS", 12)
     monkeypatch.setattr(tune, "BEST_RUNS", 3)
-    bench = Bench(TuneProposer(seed=1), champion=SIX)
+    bench = Bench(TuneProposer(searcher="optuna", seed=1), champion=SIX)
     chance = random.Random(1)
     for number in range(60):
         values: Values = {name: chance.uniform(0.01, 0.99) for name in "ABCDEF"}
@@ -780,8 +784,8 @@ def test_an_unknown_searcher_is_refused_with_those_that_are_known():
     with pytest.raises(UserError) as error:
         check_searcher("gradient")
     assert str(error.value) == (
-        "searcher 'gradient' is not known; known: ax, bayesopt, bohb, dense, hebo, hyperopt, nevergrad, optuna, "
-        "random, zoopt; take one with --searcher"
+        "searcher 'gradient' is not known; known: additive, ax, bayesopt, bohb, dense, hebo, hyperopt, nevergrad, "
+        "optuna, random, zoopt; take one with --searcher"
     )
     with pytest.raises(UserError):
         TuneProposer(searcher="gradient")

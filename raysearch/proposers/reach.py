@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from raysearch.knobs import Knob, Value
 
 REACH = 0.35  # of a knob's range (log range where it is one): the longest move in one proposal
 LEAST = 0.03  # of a knob's range: the shortest move; TPE mostly suggests values that were run, or nearly
+STEPS = (0.035, 0.06, 0.1, 0.15, 0.21, 0.28, REACH)  # of a knob's range, about: moves that are weighed
 PLACES = 2  # the longest move among choices that are numbers in order
 
 
@@ -16,6 +18,25 @@ def place(knob: Knob, value: Value | None) -> float:
     """Where a value lies in a knob's range, 0 to 1; NaN where that cannot be said."""
     known = value in knob.choices if knob.choices else isinstance(value, int | float)
     return knob.unit(value) if value is not None and known else math.nan
+
+
+def within_reach(knob: Knob, chance: Callable[[], float]) -> list[Value]:
+    """Values that one proposal may give a knob: all choices, or some of a range.
+
+    Args:
+        knob: With its own value.
+        chance: Uniform in [0, 1): where about `STEPS` the values of a range lie.
+    """
+    if knob.choices:
+        options = list(neighbourhood(knob).choices)
+    else:
+        start = knob.unit(knob.value)
+        ends = [start + way * step * (0.9 + 0.2 * chance()) for step in STEPS for way in (-1, 1)]
+        options = [reached(knob, knob.nearest(knob.at(min(max(end, 0.0), 1.0)))) for end in ends]
+        if knob.is_int:
+            assert not isinstance(knob.value, str)
+            options += [near for near in (knob.value - 1, knob.value + 1) if knob.allows(near)]
+    return [value for value in dict.fromkeys(options) if differs(knob, value)]
 
 
 def allowed(knob: Knob) -> Value:

@@ -14,6 +14,7 @@ from raysearch.knobs import Knob
 from raysearch.proposers.reach import allowed, neighbourhood
 
 METRIC = "score"
+OWN = "additive"  # the tune proposer's own model, which is none of Ray's
 PACKAGES = {
     "ax": "ax",
     "bayesopt": "bayes_opt",
@@ -33,12 +34,13 @@ def check_searcher(name: str) -> None:
     """Refuses a searcher that cannot be had.
 
     Raises:
-        UserError: The name is not one of `ray.tune.search`'s, or its package is not installed.
+        UserError: The name is neither `OWN` nor one of `ray.tune.search`'s, or its package is not installed.
     """
+    if name == OWN:
+        return
     if name not in PACKAGES:
-        raise UserError(
-            f"searcher {name!r} is not known; known: {', '.join(sorted(PACKAGES))}; take one with --searcher"
-        )
+        known = ", ".join(sorted((OWN, *PACKAGES)))
+        raise UserError(f"searcher {name!r} is not known; known: {known}; take one with --searcher")
     if find_spec(PACKAGES[name]) is None:
         raise UserError(f"searcher {name!r} needs the package {PACKAGES[name]!r}, which is not installed; install it")
 

@@ -1,8 +1,8 @@
-"""Changes knobs by one of Ray Tune's searchers, asked and told as a library: no Tuner, no `ray.init`, no network.
+"""Changes knobs, by a model of what each of them does (`additive`) or by one of Ray Tune's searchers.
 
-The searcher models the whole range of every knob; a proposal moves a few knobs of the champion a limited way towards
-what the searcher suggests, since a program with all of its knobs moved at once is nearly always worse. What the
-searcher is told is what was run. Runs that failed are constraints: the searcher hears that they exist, never a score
+A model or a searcher has the whole range of every knob; a proposal moves some knobs of the champion a limited way
+towards what it suggests, since a program with all of its knobs moved at once is nearly always worse. What it is told is
+what was run. Runs that failed are constraints: the searcher hears that they exist, never a score
 for them, and whatever lies nearer to a failed program than to one that ran is not proposed.
 """
 
@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +31,29 @@ from raysearch.knobs import (
     read_knobs,
     read_rules,
     rewrite,
+    skeleton,
 )
 from raysearch.model import Direction, Operator
 from raysearch.patches import unified_diff
 from raysearch.proposers import Idea, Proposer, Request, Told
-from raysearch.proposers.reach import differs, place, reached
-from raysearch.proposers.searchers import LEARN_ALL, METRIC, MODELLED_RUNS, check_searcher, make_searcher
+from raysearch.proposers.additive import Additive, Moves
+from raysearch.proposers.reach import differs, place, reached, within_reach
+from raysearch.proposers.searchers import LEARN_ALL, METRIC, MODELLED_RUNS, OWN, check_searcher, make_searcher
 
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
+MODELLED_KNOBS = (1, 2, 4, 8)  # the same where a model of the knobs has a run or more for each of them
 SUGGESTIONS = 30  # of the searcher, looked at for one proposal; then the neighbourhood is tried at random
 WILD = 0.3  # share of the proposals whose knobs move anywhere near, not towards a suggestion (docs/adr/0007)
 BEST_RUNS = 25  # of these; TPE's model of the good ones has no more
 RANDOM_DRAWS = 600  # proposals tried at random before the proposer says that it has no idea
+
+
+class _Run(NamedTuple):
+    """A run that was told: knobs, metric (None: it failed), and what the program is but for its knobs."""
+
+    values: Values
+    value: float | None
+    code: str
 
 
 @dataclass
@@ -50,6 +61,7 @@ class _Space:
     """The searcher of one profile, with all that was told for it.
 
     Attributes:
+        model: In place of the searcher, for `additive`.
         anchor: The champion that the searcher was made for.
         open: The searcher's own trials that are run as suggested, by fingerprint.
         scores: Told values, by fingerprint; for a searcher that only learns from what it suggested.
@@ -62,7 +74,8 @@ class _Space:
     knobs: dict[str, Knob] = field(default_factory=dict[str, Knob])
     anchor: Values = field(default_factory=dict[str, Value])
     searcher: Any = None
-    told: list[tuple[Values, float | None]] = field(default_factory=list[tuple[Values, float | None]])
+    model: Additive | None = None
+    told: list[_Run] = field(default_factory=list[_Run])
     open: dict[str, str] = field(default_factory=dict[str, str])
     scores: dict[str, float | None] = field(default_factory=dict[str, float | None])
     places: list[list[float]] = field(default_factory=list[list[float]])
@@ -76,7 +89,7 @@ class TuneProposer(Proposer):
     """Proposes knob values for one file of the program.
 
     Args:
-        searcher: A name of `ray.tune.search`, or `random`.
+        searcher: `additive`, `random`, or a name of `ray.tune.search`.
         seed: Of the searcher and of the choice of knobs.
         path: The file whose knobs are changed.
 
@@ -86,22 +99,22 @@ class TuneProposer(Proposer):
 
     name = "tune"
 
-    def __init__(self, *, searcher: str = "optuna", seed: int = 0, path: str = "train.py") -> None:
+    def __init__(self, *, searcher: str = OWN, seed: int = 0, path: str = "train.py") -> None:
         check_searcher(searcher)
         self._searcher_name = searcher
-        self._learns_all = searcher in LEARN_ALL
+        self._learns_all = searcher in (OWN, *LEARN_ALL)
         self._seed = seed
         self._path = path
         self._random = random.Random(seed)
         self._spaces: dict[str, _Space] = {}
 
     def check(self, source: str) -> None:
-        """Refuses a program that the searcher cannot search; Optuna's two can search any, and are not tried.
+        """Refuses a program that the searcher cannot search; Optuna's two and the model can search any.
 
         Raises:
             UserError: The searcher does not know knobs of these kinds, or cannot be made here.
         """
-        if self._searcher_name not in ("optuna", "random") and (knobs := read_knobs(source, path=self._path)):
+        if self._searcher_name not in (OWN, "optuna", "random") and (knobs := read_knobs(source, path=self._path)):
             make_searcher(self._searcher_name, knobs, mode="min", seed=0)
 
     def ask(self, request: Request) -> list[Idea]:
@@ -118,11 +131,13 @@ class TuneProposer(Proposer):
         sieve = _Sieve(request, self._path, knobs, space)
         ideas: list[Idea] = []
         while len(ideas) < request.count:
-            values = self._next(space, sieve)
-            if values is None:
+            found = self._drawn(space, sieve) or self._next(space, sieve)
+            if found is None:
                 break
+            values, predicted = found
             patch = unified_diff(self._path, source, rewrite(source, values))
-            ideas.append(Idea(patch, Operator.TUNE, _hypothesis(sieve.champion, values, knobs), self.name))
+            why = _hypothesis(sieve.champion, values, knobs)
+            ideas.append(Idea(patch, Operator.TUNE, why, self.name, predicted_delta=predicted))
         return ideas
 
     def tell(self, told: Told) -> None:
@@ -130,25 +145,46 @@ class TuneProposer(Proposer):
         space = self._spaces.setdefault(told.profile, _Space())
         values: Values = {name: knob.value for name, knob in read_knobs(told.files[self._path]).items()}
         value = told.value if told.value is not None and math.isfinite(told.value) else None
-        space.told.append((values, value))
+        code = skeleton(told.files, self._path)[0] if self._searcher_name == OWN else ""
+        space.told.append(_Run(values, value, code))
         space.places.append(_place(values, space.knobs))
         if not self._learns_all:
             print_ = fingerprint(told.files)
             space.scores[print_] = value
             if (trial := space.open.pop(print_, None)) is not None:
                 _complete(space, trial, value)
-        elif space.searcher is not None:
-            _feed(space, values, value)
+        elif space.searcher is not None or space.model is not None:
+            _feed(space, space.told[-1])
 
     # ---- one proposal ----
 
-    def _next(self, space: _Space, sieve: _Sieve) -> Values | None:
+    def _drawn(self, space: _Space, sieve: _Sieve) -> tuple[Values, float] | None:
+        """Values that the model has drawn, and the change of the metric that it expects."""
+        if space.model is None:
+            return None
+        if not sieve.is_weighed:
+            options = {name: within_reach(knob, self._random.random) for name, knob in sieve.knobs.items()}
+            sieve.moves, sieve.is_weighed = space.model.moves(sieve.champion, options), True
+        if sieve.moves is None:
+            return None
+        rng = np.random.default_rng(self._random.getrandbits(64))
+        counts = MODELLED_KNOBS if len(space.model) >= len(sieve.knobs) else MOVED_KNOBS
+        for _ in range(SUGGESTIONS):
+            moved, expected = sieve.moves.drawn(rng, self._random.choice(counts))
+            values = sieve.champion | moved
+            if sieve.passes(values):
+                return values, -sieve.sign * expected
+        return None
+
+    def _next(self, space: _Space, sieve: _Sieve) -> tuple[Values, None] | None:
         """Values that may be proposed: towards a suggestion of the searcher, else anywhere near the champion."""
-        found = self._towards(space, sieve) if self._learns_all else self._as_suggested(space, sieve)
-        if found is not None:
-            return found
-        drawn = (values for _ in range(RANDOM_DRAWS) for values in self._dealt(sieve, self._anywhere(sieve))[:1])
-        return next((values for values in drawn if sieve.passes(values)), None)
+        found = None
+        if space.searcher is not None:
+            found = self._towards(space, sieve) if self._learns_all else self._as_suggested(space, sieve)
+        if found is None:
+            drawn = (values for _ in range(RANDOM_DRAWS) for values in self._dealt(sieve, self._anywhere(sieve))[:1])
+            found = next((values for values in drawn if sieve.passes(values)), None)
+        return None if found is None else (found, None)
 
     def _towards(self, space: _Space, sieve: _Sieve) -> Values | None:
         """A few knobs moved towards a suggestion, whose other knobs are left for the next proposals of the ask."""
@@ -208,23 +244,28 @@ class TuneProposer(Proposer):
         anchor: Values = {name: knob.value for name, knob in knobs.items()}
         same_ranges = _ranges(space.knobs) == _ranges(knobs)
         if not same_ranges:
-            space.places = [_place(values, knobs) for values, _ in space.told]
+            space.places = [_place(run.values, knobs) for run in space.told]
             space.prints = {}  # directions may leave other knobs of the same program
         space.knobs = dict(knobs)
         still_good = space.fed < 2 * MODELLED_RUNS if self._learns_all else space.anchor == anchor
-        if space.searcher is not None and same_ranges and still_good:
+        if same_ranges and (space.model is not None or (space.searcher is not None and still_good)):
             return space
         # The seed goes on with the study: after a restart it must not suggest all over what was run.
         self._random = random.Random(f"{self._seed} {request.profile} {len(space.told)}")
         mode = "min" if request.direction is Direction.MINIMIZE else "max"
+        if self._searcher_name == OWN:
+            space.model = Additive(knobs, 1.0 if request.direction is Direction.MINIMIZE else -1.0)
+            for run in space.told:
+                _feed(space, run)
+            return space
         seed = self._random.getrandbits(32)
         space.searcher = make_searcher(self._searcher_name, knobs, mode=mode, seed=seed)
         space.anchor = anchor
         space.open.clear()  # they are trials of the searcher before
         space.fed = 0
         if self._learns_all:
-            for values, value in _to_model(space.told, request.direction):
-                _feed(space, values, value)
+            for run in _to_model(space.told, request.direction):
+                _feed(space, run)
         return space
 
     def _suggest(self, space: _Space) -> tuple[str, Values | None]:
@@ -242,16 +283,21 @@ def _complete(space: _Space, trial: str, value: float | None) -> None:
     space.searcher.on_trial_complete(trial, result=result, error=result is None)
 
 
-def _to_model(told: Sequence[tuple[Values, float | None]], direction: Direction) -> list[tuple[Values, float | None]]:
+def _to_model(told: Sequence[_Run], direction: Direction) -> list[_Run]:
     """The best and the latest runs, in the order in which they were told."""
     sign = 1.0 if direction is Direction.MINIMIZE else -1.0
-    worst_last = sorted(range(len(told)), key=lambda i: math.inf if (value := told[i][1]) is None else sign * value)
+    worst_last = sorted(range(len(told)), key=lambda i: math.inf if (value := told[i].value) is None else sign * value)
     latest = range(max(0, len(told) - MODELLED_RUNS + BEST_RUNS), len(told))
     return [told[i] for i in sorted({*worst_last[:BEST_RUNS], *latest})]
 
 
-def _feed(space: _Space, values: Values, value: float | None) -> None:
-    """Tells the searcher of a run that it did not suggest, if it lies in its space."""
+def _feed(space: _Space, run: _Run) -> None:
+    """Tells the searcher of a run that it did not suggest, if it lies in its space; or the model."""
+    values, value, code = run
+    if space.model is not None:
+        if value is not None:
+            space.model.add(values, value, code=code)
+        return
     point = {name: values.get(name, knob.value) for name, knob in space.knobs.items()}
     if all(knob.allows(point[name]) for name, knob in space.knobs.items()):
         # A failed run is PRUNED without a number: TPE ranks it behind every run that has one.
@@ -263,12 +309,17 @@ class _Sieve:
     """What may be proposed on one champion: the cheap tests come first, and nothing passes twice.
 
     Attributes:
+        sign: 1 where lower is better, -1 where higher is.
         dealt: Values that were made of a suggestion and not looked at yet.
+        moves: What the model says of the champion's knobs; None before it `is_weighed`, or with too few runs.
     """
 
     def __init__(self, request: Request, path: str, knobs: Mapping[str, Knob], space: _Space) -> None:
         self.knobs = knobs
+        self.sign = 1.0 if request.direction is Direction.MINIMIZE else -1.0
         self.dealt: list[Values] = []
+        self.moves: Moves | None = None
+        self.is_weighed = False
         self.champion: Values = {name: knob.value for name, knob in knobs.items()}
         self._files, self._path, self._source = request.files, path, request.files[path]
         self._constants = {name: line.value for name, line in constant_lines(self._source).items()}
@@ -310,7 +361,7 @@ class _Runs:
 
     def __init__(self, space: _Space, champion: Values) -> None:
         self._knobs = space.knobs
-        failed = [value is None for _, value in space.told]
+        failed = [run.value is None for run in space.told]
         places = [*space.places, _place(champion, space.knobs)]  # the champion ran, whether or not it was told
         self._failed: NDArray[np.bool_] = np.array([*failed, False])
         self._places: NDArray[np.float64] | None = np.array(places) if any(failed) else None

@@ -1,0 +1,197 @@
+"""The additive model of knobs: what it learns, what it leaves open, and that its variances get likelier."""
+
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from raysearch.knobs import Value, Values, read_knobs
+from raysearch.proposers import additive
+from raysearch.proposers.additive import Additive, Moves
+
+KNOBS = read_knobs(
+    "LR = 0.1  # in [0.001, 1.0] log: a\n"
+    "DECAY = 0.2  # in [0.0, 1.0]: a\n"
+    "DEPTH = 8  # in [2, 16]: a\n"
+    "WIDTH = 256  # in {64, 128, 256, 512}: a\n"
+    'KIND = "b"  # in {"a", "b", "c"}: a\n'
+    "IDLE = 0.5  # in [0.0, 1.0]: a\n"
+)
+FIRST: Values = {name: knob.value for name, knob in KNOBS.items()}
+
+
+def truth(values: Values) -> float:
+    """A sum: one bowl inside of its range, one slope, one knob that does nothing, a choice."""
+    unit = {name: KNOBS[name].unit(value) for name, value in values.items() if name != "KIND"}
+    bowls = 3 * (unit["LR"] - 0.3) ** 2 + (unit["DECAY"] - 0.9) ** 2 + 0.4 * unit["DEPTH"] + 0.2 * unit["WIDTH"]
+    return bowls + {"a": 0.0, "b": 0.1, "c": 0.3}[str(values["KIND"])]
+
+
+def anywhere(chance: random.Random) -> Values:
+    return {
+        name: chance.choice(knob.choices) if knob.choices else knob.nearest(knob.at(chance.random()))
+        for name, knob in KNOBS.items()
+    }
+
+
+def near(chance: random.Random) -> Values:
+    """Two knobs moved, as a search does."""
+    values = anywhere(chance)
+    return FIRST | {name: values[name] for name in chance.sample(list(KNOBS), 2)}
+
+
+def told(
+    runs: int,
+    *,
+    seed: int = 0,
+    noise: float = 0.01,
+    sign: float = 1.0,
+    score: Callable[[Values], float] = truth,
+    draw: Callable[[random.Random], Values] = near,
+) -> Additive:
+    chance, model = random.Random(seed), Additive(KNOBS, sign)
+    for _ in range(runs):
+        values = draw(chance)
+        model.add(values, sign * (score(values) + chance.gauss(0, noise)))
+    return model
+
+
+def weighed(model: Additive, options: dict[str, list[Value]]) -> Moves:
+    moves = model.moves(FIRST, options)
+    assert moves is not None
+    return moves
+
+
+OPTIONS: dict[str, list[Value]] = {
+    "LR": [0.01, 0.03, 0.5],
+    "DECAY": [0.1, 0.4, 0.5],
+    "DEPTH": [4, 12],
+    "WIDTH": [128, 512],
+    "KIND": ["a", "c"],
+    "IDLE": [0.2, 0.8],
+}
+GAINS = np.array([truth(FIRST) - truth(FIRST | {name: value}) for name, values in OPTIONS.items() for value in values])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_it_learns_what_single_moves_are_worth_from_runs_that_move_two(sign: float):
+    moves = weighed(told(120, sign=sign), OPTIONS)
+    assert np.abs(moves.mean - GAINS).max() < 0.04
+    assert moves.names[:3] == ["LR", "LR", "LR"]
+
+
+def test_what_it_does_not_know_is_within_what_it_says_that_it_does_not_know():
+    """Over many models: errors in units of the posterior's standard deviation, few runs and many."""
+    for runs in (12, 60):
+        errors = []
+        for seed in range(20):
+            moves = weighed(told(runs, seed=seed), OPTIONS)
+            errors += list((moves.mean - GAINS) / np.sqrt((moves.spread**2).sum(axis=1)))
+        assert 0.3 < math.sqrt(float(np.mean(np.square(errors)))) < 1.7
+
+
+def test_draws_have_the_mean_and_the_spread_of_the_posterior_and_differ():
+    moves = weighed(told(20), {"LR": [0.01], "IDLE": [0.2]})
+    rng = np.random.default_rng(0)
+    drawn = [moves.drawn(rng, 1) for _ in range(2000)]
+    best = np.mean([next(iter(values)) == "LR" for values, _ in drawn])
+    apart, spread = moves.mean[0] - moves.mean[1], moves.spread[0] - moves.spread[1]
+    expected = 0.5 * (1 + math.erf(float(apart / np.sqrt(spread @ spread) / math.sqrt(2))))
+    assert best == pytest.approx(expected, abs=0.04)
+    assert {predicted for _, predicted in drawn} == {float(gain) for gain in moves.mean} or best in (0.0, 1.0)
+
+
+def test_a_draw_moves_each_knob_once_and_only_where_it_improves_but_for_the_first():
+    moves = Moves(["A", "A", "B", "C"], [1, 2, 3, 4], np.array([1.0, 2.0, 0.5, -1.0]), np.zeros((4, 3)))
+    rng = np.random.default_rng(0)
+    assert moves.drawn(rng, 8) == ({"A": 2, "B": 3}, 2.5)
+    assert moves.drawn(rng, 1) == ({"A": 2}, 2.0)
+    worse = Moves(["C", "D"], [4, 5], np.array([-1.0, -2.0]), np.zeros((2, 3)))
+    assert worse.drawn(rng, 8) == ({"C": 4}, -1.0)
+
+
+def test_other_code_has_an_offset_of_its_own():
+    """Half of the runs have other code that is worse by 5, and other values of one knob: no effect of that knob."""
+    chance, model = random.Random(1), Additive(KNOBS, 1.0)
+    for number in range(120):
+        is_other = number % 2 == 1
+        values = near(chance) | {"IDLE": chance.uniform(0.6, 1.0) if is_other else chance.uniform(0.0, 0.4)}
+        model.add(values, truth(values) + 5.0 * is_other + chance.gauss(0, 0.01), code="other" if is_other else "first")
+    moves = weighed(model, {"IDLE": [0.0, 1.0], "LR": [0.03]})
+    assert np.abs(moves.mean[:2]).max() < 0.1
+    assert moves.mean[2] == pytest.approx(truth(FIRST) - truth(FIRST | {"LR": 0.03}), abs=0.1)
+
+
+def test_code_that_ran_once_tells_of_knobs_as_far_as_others_of_its_kind_agree():
+    chance, model = random.Random(2), Additive(KNOBS, 1.0)
+    for number in range(150):
+        values = near(chance)
+        model.add(values, truth(values) + chance.gauss(0, 0.05), code=f"text {number}")
+    assert np.abs(weighed(model, OPTIONS).mean - GAINS).max() < 0.15
+
+
+def test_runs_that_are_far_off_do_not_drown_the_small_effects():
+    """One run in thirty is worse by up to a thousand times what there is to find."""
+
+    def score(values: Values) -> float:
+        return truth(values) + (300.0 * float(values["LR"]) if float(values["LR"]) > 0.5 else 0.0)
+
+    moves = weighed(told(200, score=score), {name: OPTIONS[name] for name in ("DECAY", "DEPTH", "KIND")})
+    assert np.abs(moves.mean - np.concatenate([GAINS[3:8], GAINS[10:12]])).max() < 0.06
+
+
+def test_values_that_a_knob_does_not_know_add_nothing():
+    model = told(40)
+    model.add({"LR": "warm", "KIND": "z"}, 1.0)  # a program with other knobs
+    model.add({}, 1.0)
+    assert np.isfinite(weighed(model, OPTIONS).mean).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e300, -1e-300])
+def test_runs_that_are_all_alike_say_nothing_and_break_nothing(value: float):
+    model = Additive(KNOBS, 1.0)
+    for seed in range(6):
+        model.add(near(random.Random(seed)), value)
+    moves = weighed(model, OPTIONS)
+    assert np.isfinite(moves.spread).all()
+    assert np.abs(moves.mean).max() < 0.1
+
+
+def test_it_says_nothing_before_it_has_a_few_runs_or_without_moves():
+    assert told(additive.LEAST - 1).moves(FIRST, OPTIONS) is None
+    assert told(additive.LEAST).moves(FIRST, {"LR": []}) is None
+    assert told(additive.LEAST).moves(FIRST, OPTIONS) is not None
+
+
+def test_it_keeps_the_latest_runs_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(additive, "MODELLED", 30)
+    assert len(told(100)) == 30
+
+
+def log_posterior(model: Additive) -> float:
+    """Of the variances, up to a constant, from the covariance of all runs, which the model never makes."""
+    data = additive._Data(model._runs)
+    covariance = (data.rows * model._prior(data)) @ data.rows.T + np.diag(model._spreads(data))
+    _, determinant = np.linalg.slogdet(covariance)
+    found = -0.5 * (determinant + data.values @ np.linalg.solve(covariance, data.values))
+    priors = [(additive.WEIGHTS_PRIOR, float(variance)) for variance in model._variances]
+    priors += [(additive.NOISE_PRIOR, model._noise), (additive.MISFIT_PRIOR, model._misfit)]
+    return float(found) - sum(weight * (math.log(v) + mode / v) for (weight, mode), v in priors)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_step_makes_the_variances_likelier(seed: int):
+    chance, model = random.Random(seed), Additive(KNOBS, 1.0)
+    for number in range(chance.randint(5, 60)):
+        values = chance.choice([near, anywhere])(chance)
+        model.add(values, truth(values) + chance.gauss(0, 0.05), code=chance.choice(["a", "b", f"{number}"]))
+    data, before = additive._Data(model._runs), log_posterior(model)
+    first = before
+    for _ in range(25):
+        model._learn(data)
+        after = log_posterior(model)
+        assert after >= before - 1e-6 * abs(before)
+        before = after
+    assert before > first + 1
