@@ -76,7 +76,7 @@ MOST_RUNS = 100  # of one program that a study may ask for
 class SearchSection(_Section):
     """Who proposes, and how far ahead of what is confirmed."""
 
-    searcher: str = "additive"
+    searcher: str = "optuna"
     seed: int = 0
     proposers: list[str] | None = Field(default=None, min_length=1)  # None: all there are, models and agents in front
     parallel: int = Field(default=4, ge=1)  # asks at once of the chat models, and of each agent

@@ -51,7 +51,7 @@ def test_defaults_are_written_out_and_read_back(tmp_path: Path):
         "simplify_margin": 1.0,
     }
     assert table["search"] == {
-        "searcher": "additive",
+        "searcher": "optuna",
         "seed": 0,
         "parallel": 4,
         "frontier": True,

@@ -689,7 +689,7 @@ def test_the_direction_of_the_metric_is_heeded():
 def test_a_long_study_is_modelled_by_its_best_and_its_latest_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "MODELLED_RUNS", 12)
     monkeypatch.setattr(tune, "BEST_RUNS", 3)
-    bench = Bench(TuneProposer(searcher="optuna", seed=1), champion=SIX)
+    bench = Bench(TuneProposer(seed=1), champion=SIX)
     chance = random.Random(1)
     for number in range(60):
         values: Values = {name: chance.uniform(0.01, 0.99) for name in "ABCDEF"}

@@ -99,7 +99,7 @@ class TuneProposer(Proposer):
 
     name = "tune"
 
-    def __init__(self, *, searcher: str = OWN, seed: int = 0, path: str = "train.py") -> None:
+    def __init__(self, *, searcher: str = "optuna", seed: int = 0, path: str = "train.py") -> None:
         check_searcher(searcher)
         self._searcher_name = searcher
         self._learns_all = searcher in (OWN, *LEARN_ALL)
@@ -167,10 +167,9 @@ class TuneProposer(Proposer):
             sieve.moves, sieve.is_weighed = space.model.moves(sieve.champion, options), True
         if sieve.moves is None:
             return None
-        rng = np.random.default_rng(self._random.getrandbits(64))
         counts = MODELLED_KNOBS if len(space.model) >= len(sieve.knobs) else MOVED_KNOBS
         for _ in range(SUGGESTIONS):
-            moved, expected = sieve.moves.drawn(rng, self._random.choice(counts))
+            moved, expected = sieve.moves.drawn(self._random, self._random.choice(counts))
             values = sieve.champion | moved
             if sieve.passes(values):
                 return values, -sieve.sign * expected
