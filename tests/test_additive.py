@@ -94,8 +94,8 @@ def test_what_it_does_not_know_is_within_what_it_says_that_it_does_not_know():
 
 def test_draws_have_the_mean_and_the_spread_of_the_posterior_and_differ():
     moves = weighed(told(20), {"LR": [0.01], "IDLE": [0.2]})
-    chance = random.Random(0)
-    drawn = [moves.drawn(chance, 1) for _ in range(2000)]
+    rng = np.random.default_rng(0)
+    drawn = [moves.drawn(rng, 1) for _ in range(2000)]
     best = np.mean([next(iter(values)) == "LR" for values, _ in drawn])
     apart, spread = moves.mean[0] - moves.mean[1], moves.spread[0] - moves.spread[1]
     expected = 0.5 * (1 + math.erf(float(apart / np.sqrt(spread @ spread) / math.sqrt(2))))
@@ -105,11 +105,11 @@ def test_draws_have_the_mean_and_the_spread_of_the_posterior_and_differ():
 
 def test_a_draw_moves_each_knob_once_and_only_where_it_improves_but_for_the_first():
     moves = Moves(["A", "A", "B", "C"], [1, 2, 3, 4], np.array([1.0, 2.0, 0.5, -1.0]), np.zeros((4, 3)))
-    chance = random.Random(0)
-    assert moves.drawn(chance, 8) == ({"A": 2, "B": 3}, 2.5)
-    assert moves.drawn(chance, 1) == ({"A": 2}, 2.0)
+    rng = np.random.default_rng(0)
+    assert moves.drawn(rng, 8) == ({"A": 2, "B": 3}, 2.5)
+    assert moves.drawn(rng, 1) == ({"A": 2}, 2.0)
     worse = Moves(["C", "D"], [4, 5], np.array([-1.0, -2.0]), np.zeros((2, 3)))
-    assert worse.drawn(chance, 8) == ({"C": 4}, -1.0)
+    assert worse.drawn(rng, 8) == ({"C": 4}, -1.0)
 
 
 def test_other_code_has_an_offset_of_its_own():

@@ -34,7 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "task": {"objective"},
     "config": {"objective"},
     "proposers": set(),
-    "proposers.tune": {"proposers"},
+    "proposers.reach": set(),
+    "proposers.searchers": {"proposers.reach"},
+    "proposers.additive": {"proposers.reach"},
+    "proposers.tune": {"proposers", "proposers.additive", "proposers.reach", "proposers.searchers"},
     "proposers.moves": {"proposers"},
     **{f"proposers.{name}": {"proposers", "proposers.moves"} for name in ("ablate", "simplify", "transfer", "combine")},
     "proposers.inbox": {"proposers"},
@@ -159,7 +162,7 @@ def test_ray_is_imported_in_four_places():
     found = {
         name for name, path in modules("raysearch").items() if any(imp.split(".")[0] == "ray" for imp in imported(path))
     }
-    assert found == {"executors.ray", "executors.ray_actors", "exporter", "proposers.tune"}
+    assert found == {"executors.ray", "executors.ray_actors", "exporter", "proposers.searchers"}
 
 
 def test_the_command_line_starts_without_what_is_slow_to_import():

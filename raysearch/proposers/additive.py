@@ -12,11 +12,10 @@ together differ by their draws alone is Kandasamy et al., AISTATS 2018). docs/ad
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,18 +93,18 @@ class Moves:
     mean: Array
     spread: Array
 
-    def drawn(self, chance: random.Random, count: int) -> tuple[dict[str, Value], float]:
+    def drawn(self, rng: np.random.Generator, count: int) -> tuple[dict[str, Value], float]:
         """The best move of each of up to `count` knobs by one draw of the functions, the best knobs first.
 
         Returns:
             New values, and the posterior mean of what they improve together. Knobs that no move of improves by
             this draw are left out, but for the first.
         """
-        numbers = np.array([chance.gauss(0.0, 1.0) for _ in range(self.spread.shape[1])])
-        gains: list[float] = (self.mean + self.spread @ numbers).tolist()
+        gains = self.mean + self.spread @ cast("Array", rng.standard_normal(self.spread.shape[1]))
         moved: dict[str, Value] = {}
         expected = 0.0
-        for move in sorted(range(len(self.names)), key=lambda move: -gains[move]):
+        order: list[int] = np.argsort(-gains).tolist()
+        for move in order:
             name = self.names[move]
             if len(moved) == count or (moved and gains[move] <= 0):
                 break

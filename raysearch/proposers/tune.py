@@ -167,9 +167,10 @@ class TuneProposer(Proposer):
             sieve.moves, sieve.is_weighed = space.model.moves(sieve.champion, options), True
         if sieve.moves is None:
             return None
+        rng = np.random.default_rng(self._random.getrandbits(64))
         counts = MODELLED_KNOBS if len(space.model) >= len(sieve.knobs) else MOVED_KNOBS
         for _ in range(SUGGESTIONS):
-            moved, expected = sieve.moves.drawn(self._random, self._random.choice(counts))
+            moved, expected = sieve.moves.drawn(rng, self._random.choice(counts))
             values = sieve.champion | moved
             if sieve.passes(values):
                 return values, -sieve.sign * expected
