@@ -68,7 +68,7 @@ class BudgetSection(_Section):
         return self
 
 
-PROPOSERS = ("tune", "ablate", "simplify", "transfer", "combine")  # those that compute their ideas
+PROPOSERS = ("tune", "additive", "ablate", "simplify", "transfer", "combine")  # those that compute their ideas
 CHAT = "chat"  # the one that asks models
 MOST_RUNS = 100  # of one program that a study may ask for
 

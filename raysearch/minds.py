@@ -22,6 +22,7 @@ from raysearch.model import Operator
 from raysearch.objective import Objective
 from raysearch.proposers import Proposer, Request
 from raysearch.proposers.ablate import AblateProposer
+from raysearch.proposers.additive import AdditiveProposer
 from raysearch.proposers.agent import AgentProposer, Surroundings
 from raysearch.proposers.agent_commands import parse_agent
 from raysearch.proposers.chat import ChatProposer
@@ -152,9 +153,11 @@ def make(config: StudyConfig, place: Place) -> list[Proposer]:
         UserError: One of them cannot work: no key, no program, a package that is missing, a value against its rule.
     """
     task, seed = config.to_objective(), config.search.seed
+    tuned = objective.tuned_file(task.editable)
     prices = load_prices(Path(config.prices) if config.prices else None)
     makers: dict[str, Callable[[], Proposer]] = {
         "tune": lambda: tuner(config),
+        "additive": lambda: AdditiveProposer(seed=seed, path=tuned),
         "ablate": lambda: AblateProposer(seed=seed),
         "simplify": lambda: SimplifyProposer(seed=seed),
         "transfer": TransferProposer,

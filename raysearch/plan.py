@@ -15,6 +15,7 @@ from raysearch.model import (
     Candidate,
     Event,
     Judged,
+    Operator,
     Proposal,
     Purpose,
     SlotRestored,
@@ -30,6 +31,7 @@ MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again be
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
 BATCH_SHARE = 16  # a proposer is asked for at least one proposal for so many slots
+MOVERS = ("tune", "additive")  # proposers that move knobs: at the head of the line they share it
 TIDYING = ("ablate", "simplify")  # proposers that take back or take away
 TIDY_AFTER = 5  # steps of a ratchet from which they are asked
 SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots
@@ -373,8 +375,9 @@ def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
 def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, share: float) -> Iterator[Ask]:
     """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next.
 
-    The first one that answers at once keeps the line that long, whoever has proposals in it. Those that take their
-    time are asked ahead (docs/adr/0022), for lines of their own: what others have in line does not hold them back.
+    The first one that answers at once keeps the line that long, whoever has proposals in it; the two that move knobs
+    do it together, half and half, for the bandit to choose between them (docs/adr/0030). Those that take their time
+    are asked ahead (docs/adr/0022), for lines of their own: what others have in line does not hold them back.
 
     Args:
         study: Its state.
@@ -391,13 +394,15 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
     names = [name for name, pace in paces.items() if not pace.rests]
     quick = [name for name in names if _is_quick(paces[name], lane, present)]
     lead = next((name for name, pace in paces.items() if not pace.is_out and not pace.trouble), None)
+    leads = [name for name in quick if name in MOVERS] if quick and quick[0] in MOVERS else quick[:1]
     lines, side = Counter(lane.line.values()), -(-present // SIDE_SHARE)
+    others = len(lane.line) - sum(lines[name] for name in leads)
     left = _left(study, lane, asking)
     base: str | None = None
     for name in names:
         pace = paces[name]
         if name in quick:
-            target, have = (idle + present, len(lane.line)) if name == quick[0] else (side, lines[name])
+            target, have = -(-(idle + present - others) // len(leads)) if name in leads else side, lines[name]
         else:
             target, slots = (idle + present, present) if name == lead else (side, side)
             target, have = target + _ahead(pace, lane, slots), lines[name] + pace.asked
@@ -446,6 +451,8 @@ def _ahead(pace: Pace, lane: Lane, slots: int) -> int:
 def _askable(study: Study, lane: Lane) -> Sequence[str]:
     """The proposers that are of use now: a ratchet of a few steps needs no tidying, unless nobody else is there."""
     forbidden = {operator.value for operator in study.directions(lane).forbidden}  # some are called by what they do
+    if Operator.TUNE.value in forbidden:
+        forbidden |= set(MOVERS)
     names = [name for name in study.settings.proposers if name not in forbidden] or study.settings.proposers
     if len(lane.wins) >= TIDY_AFTER:
         return names

@@ -69,7 +69,7 @@ _HEAD = click.option("--address", help="Ask the head of a cluster, by HOST:PORT 
 @click.option("--budget-tokens", type=int, help="Tokens of a trial instead of seconds: deterministic, for CI.")
 @click.option("--trials", type=int, help="Stop after so many proposals were tried.  [default: no limit]")
 @click.option("--hours", type=float, help="Propose nothing new after so many hours.  [default: no limit]")
-@click.option("--searcher", help="Of tune: additive, or one of ray.tune.search.  [default: optuna]")
+@click.option("--searcher", help="Of tune: random, or one of ray.tune.search.  [default: optuna]")
 @click.option("--proposers", help="Who is asked, with commas.  [default: all; models and agents in front]")
 @click.option("--model", "models", multiple=True, help="Chat model, [WEIGHT*][anthropic:]NAME[@URL]; may be repeated.")
 @click.option("--agent", "agents", multiple=True, help="Coding agent: claude, codex, gemini, opencode, aider [=MODEL].")

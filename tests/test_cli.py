@@ -48,7 +48,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
     [
         (["--preset", "rtx306"], "'rtx306'", "known: cpu, h100, rtx3060", "leave --preset out"),
         (["--dataset", "wikipedia"], "'wikipedia'", "sotu", "--dataset"),
-        (["--searcher", "gridd"], "'gridd'", "known: additive, ax", "--searcher"),
+        (["--searcher", "gridd"], "'gridd'", "known: ax, bayesopt", "--searcher"),
         (["--searcher", "hebo"], "'hebo'", "not installed", "install it"),
         (["--budget-s", "0"], "0", "greater than 0", "leave it out"),
         (["--budget-tokens", "-5"], "-5", "greater than 0", "leave it out"),

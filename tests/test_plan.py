@@ -540,6 +540,25 @@ def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own(
     assert [(ask.proposer, ask.count) for ask in told.commands() if isinstance(ask, Ask)] == [("tune", 14)]
 
 
+def test_those_who_move_knobs_share_the_line_half_and_half():
+    told = ready(slots=SIXTEEN, proposers=("additive", "tune", "transfer"), noise_share=0.0)
+    assert counts(told) == {"additive": 16, "tune": 16, "transfer": 4}
+    all_busy(told)
+    for proposer in ("additive", "additive", "transfer", "transfer"):
+        told.candidate(proposer=proposer)
+    assert counts(told) == {"additive": 5, "tune": 7, "transfer": 2}  # of what is left for both
+    told.asking = {("cpu", "tune"): Pace(rests=True, is_out=True)}
+    assert counts(told) == {"additive": 12, "transfer": 2}
+    told = ready(slots=(Slot("a", "cpu"),), proposers=("tune", "additive"), noise_share=0.0)
+    all_busy(told)
+    assert counts(told) == {"tune": 1, "additive": 1}  # one of each: there is a choice
+    told = ready(slots=SIXTEEN, proposers=("mind", "tune", "additive"))
+    told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
+    assert counts(told) == {"tune": 16, "additive": 16}
+    told = ready(slots=SIXTEEN, proposers=("combine", "tune", "additive"))
+    assert counts(told) == {"combine": 32, "tune": 4, "additive": 4}  # they are not at its head
+
+
 def test_nobody_is_asked_again_while_their_answer_is_due_and_others_are():
     told = ready(proposers=("tune", "transfer"))
     told.asking = {("cpu", "tune"): Pace(asked=1)}  # even when fewer were asked for than are wanted now
@@ -748,7 +767,7 @@ def test_the_smaller_of_both_limits_holds_and_the_directions_may_change():
 
 
 def test_who_is_called_by_a_forbidden_operator_is_not_asked_and_the_next_has_most_of_the_line():
-    told = ready(proposers=("tune", "combine", "transfer"))
+    told = ready(proposers=("tune", "additive", "combine", "transfer"))
     direct(told, "forbidden = ['tune']")
     assert told.commands() == [Ask("cpu", "combine", 4, BASE), Ask("cpu", "transfer", 1, BASE)]
     direct(told, "forbidden = ['tune', 'combine', 'transfer']")

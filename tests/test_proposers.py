@@ -27,14 +27,16 @@ from raysearch.directions import Directions, Range, parse, refusal
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
+from raysearch.plan import MOVERS
 from raysearch.proposers import Idea, Proposer, Request, Told, inbox, searchers, tune
 from raysearch.proposers.ablate import AblateProposer
+from raysearch.proposers.additive import MODELLED_KNOBS, AdditiveProposer
 from raysearch.proposers.combine import CombineProposer
 from raysearch.proposers.reach import LEAST, PLACES, REACH
-from raysearch.proposers.searchers import LEARN_ALL, OWN, PACKAGES, check_searcher
+from raysearch.proposers.searchers import LEARN_ALL, PACKAGES, check_searcher
 from raysearch.proposers.simplify import SimplifyProposer
 from raysearch.proposers.transfer import TransferProposer
-from raysearch.proposers.tune import MODELLED_KNOBS, TuneProposer
+from raysearch.proposers.tune import TuneProposer
 from raysearch.ratchet import Ratchet
 
 MINIMIZE = Direction.MINIMIZE
@@ -92,6 +94,11 @@ def searcher(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def mover(searcher: str, seed: int = 0) -> Proposer:
+    """What moves knobs by a model of them, or by a searcher."""
+    return AdditiveProposer(seed=seed) if searcher == "additive" else TuneProposer(searcher=searcher, seed=seed)
+
+
 @dataclass
 class Bench:
     """Drives a proposer as a study does, one profile, with scores from a function; git only where a test asks."""
@@ -128,12 +135,12 @@ class Bench:
         before = read_knobs(self.champion)
         moved = [knob for name, knob in before.items() if knobs[name].value != knob.value]
         assert moved
-        searcher = getattr(self.proposer, "_searcher_name", "")
-        assert len(moved) <= (max(MODELLED_KNOBS) if searcher == OWN else 3) or searcher not in (OWN, *LEARN_ALL)
+        searcher = getattr(self.proposer, "_searcher_name", "additive")
+        assert len(moved) <= (max(MODELLED_KNOBS) if searcher == "additive" else 3) or searcher == "dense"
         for knob in moved:
             assert knob.name in idea.hypothesis
             assert is_near(knob, knobs[knob.name].value), f"{knob.name} {knob.value} → {knobs[knob.name].value}"
-        assert (idea.operator, idea.proposer) == (Operator.TUNE, "tune")
+        assert (idea.operator, idea.proposer) == (Operator.TUNE, self.proposer.name)
         return program
 
     def tell(self, program: str, value: float | None = None, outcome: Outcome | None = None) -> None:
@@ -175,6 +182,7 @@ def is_near(knob: Knob, value: Value) -> bool:
 
 PROPOSERS: dict[str, Callable[[int], Proposer]] = {
     "tune": lambda seed: TuneProposer(seed=seed),
+    "additive": lambda seed: AdditiveProposer(seed=seed),
     "ablate": lambda seed: AblateProposer(seed=seed),
     "simplify": lambda seed: SimplifyProposer(seed=seed),
     "transfer": lambda _: TransferProposer(),
@@ -231,14 +239,14 @@ class TestWithoutAModel(Contract):
 
     def test_a_forbidden_operator_gives_no_idea_and_the_others_stay(self, make: Make):
         proposer = make(6)
-        own = frozenset({Operator(proposer.name)})
+        own = frozenset({Operator.TUNE if proposer.name in MOVERS else Operator(proposer.name)})
         assert proposer.ask(full_request(5, directions=Directions(forbidden=own))) == []
         assert proposer.ask(full_request(5, directions=Directions(forbidden=frozenset(Operator) - own)))
 
     def test_what_directions_barred_is_proposed_once_they_are_lifted(self, make: Make):
         barred = Directions(frozen=frozenset(read_knobs(GROWN)))
         fresh, proposer = make(7), make(7)
-        if fresh.name == "tune":
+        if fresh.name in MOVERS:
             assert proposer.ask(full_request(9, directions=barred)) == []
             assert len(ideas_of(proposer, full_request(9))) == 9
             return
@@ -255,7 +263,7 @@ class TestSeveralAsksAtOnce(Contract):
         return lambda seed: SlowMind(parallel=4, seed=seed)
 
 
-@pytest.mark.parametrize("name", [name for name in PROPOSERS if name != "tune"])
+@pytest.mark.parametrize("name", [name for name in PROPOSERS if name not in MOVERS])
 def test_what_was_proposed_is_not_proposed_again_and_then_there_is_nothing(name: str):
     proposer = PROPOSERS[name](2)
     known, sources = set(full_request().known), set[str]()
@@ -271,7 +279,7 @@ def test_what_was_proposed_is_not_proposed_again_and_then_there_is_nothing(name:
 
 def test_programs_are_told_apart_when_directions_leave_another_knob(searcher: str):
     source = "A = 1  # in [1, 2]: a\nB = 1  # in [1, 2]: b\n"
-    proposer, known = TuneProposer(searcher=searcher), set[str]()
+    proposer, known = mover(searcher=searcher), set[str]()
     for frozen, moved in (("A", "B"), ("B", "A")):
         directions = Directions(frozen=frozenset({frozen}))
         asked = Request("cpu", "b", {"train.py": source}, 1, frozenset(known), MINIMIZE, directions=directions)
@@ -301,7 +309,7 @@ def test_a_knob_that_stands_outside_of_its_directions_is_left_or_moved_inside(se
     directions = parse(f"```raysearch\nranges.{block}\n```", where="program.md")
     ((name, allowed),) = directions.ranges.items()
     assert not allowed.allows(values_of(PROGRAM)[name])
-    proposer, known, inside = TuneProposer(searcher=searcher, seed=3), set[str](), set[Value]()
+    proposer, known, inside = mover(searcher=searcher, seed=3), set[str](), set[Value]()
     proposer.tell(Told("cpu", {"train.py": PROGRAM}, Outcome.MEASURED, 1.0))
     for _ in range(12):
         asked = Request("cpu", "b", {"train.py": PROGRAM}, 6, frozenset(known), MINIMIZE, directions=directions)
@@ -317,7 +325,7 @@ def test_a_knob_that_stands_outside_of_its_directions_is_left_or_moved_inside(se
 
 
 def test_git_applies_every_idea_to_the_champion_and_gets_the_same_program(searcher: str, tmp_path: Path):
-    bench = Bench(TuneProposer(searcher=searcher, seed=3))
+    bench = Bench(mover(searcher=searcher, seed=3))
     repo = Ratchet.create(tmp_path / "repo", {"train.py": PROGRAM}, message="base", at=0.0)
     base = repo.resolve("main")
     for idea in bench.ask(4):
@@ -327,14 +335,14 @@ def test_git_applies_every_idea_to_the_champion_and_gets_the_same_program(search
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_an_ask_gives_at_most_what_was_asked_for_and_nothing_twice(searcher: str, count: int):
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     programs = bench.programs(count)
     assert len(programs) == count  # there is room for as many
     assert len({fingerprint({"train.py": program}) for program in programs}) == count
 
 
 def test_ideas_stay_valid_new_and_near_over_a_whole_search(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher, seed=1))
+    bench = Bench(mover(searcher=searcher, seed=1))
     course = bench.climb(bowl, 25)
     start = bowl(values_of(PROGRAM))
     assert start is not None
@@ -348,7 +356,7 @@ def bowl(values: Values) -> float | None:
 
 
 def test_a_proposer_can_be_told_of_every_outcome(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     bench.tell(PROGRAM, 1.0)
     for outcome in Outcome:
         (program,) = bench.programs()
@@ -357,20 +365,20 @@ def test_a_proposer_can_be_told_of_every_outcome(searcher: str):
 
 
 def test_a_number_that_is_none_is_a_failure_and_not_a_score(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     bench.tell(PROGRAM, 1.0)
     for value in (math.nan, math.inf, -math.inf):
         (program,) = bench.programs()
         bench.tell(program, value)
     assert bench.programs(2)
-    again = Bench(TuneProposer(searcher=searcher), known=bench.known)
+    again = Bench(mover(searcher=searcher), known=bench.known)
     for program, outcome, value in bench.tried:
         again.tell(program, value, outcome)
     assert again.programs(2)
 
 
 def test_programs_that_others_proposed_are_learnt_from(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     bench.programs()
     bench.tell(PROGRAM.replace("return LR", "return 2 * LR"), 0.8)
     bench.tell(PROGRAM.replace("DEPTH = 6", "DEPTH = 2").replace("return LR", "return 3 * LR"), None)
@@ -378,9 +386,9 @@ def test_programs_that_others_proposed_are_learnt_from(searcher: str):
 
 
 def test_a_fresh_proposer_that_is_told_the_history_goes_on(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher, seed=5))
+    bench = Bench(mover(searcher=searcher, seed=5))
     bench.climb(bowl, 8)
-    later = Bench(TuneProposer(searcher=searcher, seed=5), champion=bench.champion, known=set(bench.known))
+    later = Bench(mover(searcher=searcher, seed=5), champion=bench.champion, known=set(bench.known))
     for program, outcome, value in bench.tried:
         later.tell(program, value, outcome)
     assert len(later.programs(3)) == 3
@@ -391,7 +399,7 @@ def test_a_restart_does_not_go_through_the_same_suggestions_again(searcher: str)
     """Else a search with a fixed seed would find everything known after enough restarts, and end."""
     firsts: set[str] = set()
     for told in range(4):
-        bench = Bench(TuneProposer(searcher=searcher, seed=5))
+        bench = Bench(mover(searcher=searcher, seed=5))
         for number in range(told):
             bench.tell(PROGRAM.replace("0.02", f"0.0{number + 3}"), 1.0)
         firsts.add(bench.ask()[0].patch)
@@ -401,14 +409,14 @@ def test_a_restart_does_not_go_through_the_same_suggestions_again(searcher: str)
 def test_the_same_history_and_seed_give_the_same_ideas(searcher: str):
     courses: list[list[str]] = []
     for _ in range(2):
-        bench = Bench(TuneProposer(searcher=searcher, seed=9))
+        bench = Bench(mover(searcher=searcher, seed=9))
         bench.climb(bowl, 6)
         courses.append([program for program, _, _ in bench.tried])
     assert courses[0] == courses[1]
 
 
 def test_ideas_follow_the_champion(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     bench.tell(PROGRAM, 1.0)
     early = bench.ask(2)
     bench.champion = rewrite(PROGRAM, {"LR": 0.1, "MODE": "fast"}).replace("return LR", "return 5 * LR")
@@ -434,7 +442,7 @@ CHANGES: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_champion_with_other_knobs_is_searched_on_with_what_is_known(searcher: str, change: str):
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     bench.tell(PROGRAM, 1.0)
     for program, value in zip(bench.programs(3), (0.9, None, 1.1), strict=True):
         bench.tell(program, value)
@@ -451,7 +459,7 @@ def test_a_champion_with_other_knobs_is_searched_on_with_what_is_known(searcher:
 
 
 def test_profiles_are_searched_apart(searcher: str):
-    proposer = TuneProposer(searcher=searcher)
+    proposer = mover(searcher=searcher)
     one, other = Bench(proposer), Bench(proposer, profile="gpu")
     one.tell(PROGRAM, 1.0)
     assert one.programs(2)
@@ -462,7 +470,7 @@ def test_profiles_are_searched_apart(searcher: str):
 
 
 def test_a_program_without_knobs_gives_no_idea(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher), champion="LR = 0.1\n\ndef train(run):\n    return None\n")
+    bench = Bench(mover(searcher=searcher), champion="LR = 0.1\n\ndef train(run):\n    return None\n")
     bench.tell(bench.champion, 1.0)
     assert bench.ask(3) == []
 
@@ -471,7 +479,7 @@ TINY = 'A = 1  # in {1, 2, 4}: a\nB = "x"  # in {"x", "y"}: b\nC = 3  # in [3, 4
 
 
 def test_a_space_is_searched_to_its_end_and_then_there_are_no_ideas(searcher: str):
-    bench = Bench(TuneProposer(searcher=searcher), champion=TINY)
+    bench = Bench(mover(searcher=searcher), champion=TINY)
     bench.tell(TINY, 1.0)
     found = 0
     while programs := bench.programs(2):
@@ -486,7 +494,7 @@ def test_a_space_is_searched_to_its_end_and_then_there_are_no_ideas(searcher: st
 
 def test_a_champion_among_failures_has_no_ideas_soon(searcher: str):
     """Every neighbour lies nearer to a failure than to the champion."""
-    bench = Bench(TuneProposer(searcher=searcher), champion="A = 5  # in [1, 9]: a\nB = 5  # in [1, 9]: b\n")
+    bench = Bench(mover(searcher=searcher), champion="A = 5  # in [1, 9]: a\nB = 5  # in [1, 9]: b\n")
     bench.tell(bench.champion, 1.0)
     for a in range(4, 7):
         for b in range(4, 7):
@@ -499,7 +507,7 @@ def test_a_champion_among_failures_has_no_ideas_soon(searcher: str):
 
 def test_a_champion_that_was_never_told_is_a_program_that_ran(searcher: str):
     """Carried wins are measured in pairs, which a proposer is not told of."""
-    bench = Bench(TuneProposer(searcher=searcher))
+    bench = Bench(mover(searcher=searcher))
     bench.tell(PROGRAM.replace("return LR", "return undefined"), None)  # a draft that crashed, with the same knobs
     assert len(bench.programs(3)) == 3
 
@@ -524,21 +532,21 @@ def test_what_does_not_fit_the_memory_is_avoided_more_and_more():
 
 def test_rules_of_constants_that_are_no_knobs_are_kept(searcher: str):
     source = "A = 8  # in {2, 4, 8, 12, 16, 20}: a\nSTEP = 4\n# rule: A % STEP == 0\n"
-    bench = Bench(TuneProposer(searcher=searcher), champion=source)
+    bench = Bench(mover(searcher=searcher), champion=source)
     assert sorted(int(values_of(program)["A"]) for program in bench.programs(9)) == [4, 12, 16]
 
 
 def test_a_rule_that_the_champion_itself_breaks_holds_nothing_up(searcher: str):
     source = "A = 8  # in [1, 16]: a\nB = 3  # in [1, 16]: b\n# rule: A + B == 12\n# rule: A < 12\n"
-    proposer = TuneProposer(searcher=searcher)
-    ideas = proposer.ask(Request("cpu", "x", {"train.py": source}, 5, frozenset(), Direction.MINIMIZE))
+    proposer = mover(searcher=searcher)
+    ideas = ideas_of(proposer, Request("cpu", "x", {"train.py": source}, 5, frozenset(), Direction.MINIMIZE))
     assert len(ideas) == 5
     assert all(int(values_of(patched(source, idea.patch))["A"]) < 12 for idea in ideas)
 
 
 def test_a_rule_that_cannot_be_computed_is_said_in_one_line(searcher: str):
     with pytest.raises(UserError, match="only arithmetic, comparisons"):
-        Bench(TuneProposer(searcher=searcher), champion="A = 1  # in [1, 9]: a\n# rule: open(A)\n").ask()
+        Bench(mover(searcher=searcher), champion="A = 1  # in [1, 9]: a\n# rule: open(A)\n").ask()
 
 
 def test_the_tuned_file_may_have_another_name():
@@ -555,7 +563,7 @@ def test_the_tuned_file_may_have_another_name():
 def test_any_program_with_knobs_can_be_tuned(seed: int):
     chance = random.Random(seed)
     bench = Bench(
-        TuneProposer(searcher=chance.choice(["additive", "optuna", "random"]), seed=seed), champion=any_program(chance)
+        mover(searcher=chance.choice(["additive", "optuna", "random"]), seed=seed), champion=any_program(chance)
     )
     for program in bench.programs(4):
         bench.tell(program, chance.choice([None, chance.random()]))
@@ -584,7 +592,7 @@ def any_program(chance: random.Random) -> str:
 
 def moves(source: str, name: str, *, searcher: str = "random", asks: int = 80) -> list[Value]:
     """All values that a knob is given on one champion."""
-    bench = Bench(TuneProposer(searcher=searcher), champion=source)
+    bench = Bench(mover(searcher=searcher), champion=source)
     return [values_of(program)[name] for program in bench.programs(asks)]
 
 
@@ -668,7 +676,7 @@ def test_tpe_and_the_model_use_what_they_were_told():
         chance = random.Random(seed)
         score = smooth({name: chance.uniform(0.2, 0.9) for name in "ABCDEF"})
         for name, end in ends.items():
-            end.append(Bench(TuneProposer(searcher=name, seed=seed), champion=SIX).climb(score, 60)[-1])
+            end.append(Bench(mover(searcher=name, seed=seed), champion=SIX).climb(score, 60)[-1])
     assert median(ends["optuna"]) < 0.8 * median(ends["random"])
     assert median(ends["additive"]) < 0.8 * median(ends["optuna"])
 
@@ -784,8 +792,8 @@ def test_an_unknown_searcher_is_refused_with_those_that_are_known():
     with pytest.raises(UserError) as error:
         check_searcher("gradient")
     assert str(error.value) == (
-        "searcher 'gradient' is not known; known: additive, ax, bayesopt, bohb, dense, hebo, hyperopt, nevergrad, "
-        "optuna, random, zoopt; take one with --searcher"
+        "searcher 'gradient' is not known; known: ax, bayesopt, bohb, dense, hebo, hyperopt, nevergrad, optuna, "
+        "random, zoopt; take one with --searcher"
     )
     with pytest.raises(UserError):
         TuneProposer(searcher="gradient")

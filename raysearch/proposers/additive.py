@@ -1,272 +1,98 @@
-"""What each knob does to the metric, as an additive Gaussian process; and draws from what is known of it.
+"""Moves the knobs that help most by one draw of what each of them does, from a model that learns from every run.
 
-The metric is taken to be a sum of one smooth function of each knob, of an offset for each text of the program's code,
-and of noise (additive Gaussian processes: Duvenaud, Nickisch and Rasmussen, NeurIPS 2011). A search moves a few knobs
-at a time, so that every run says something about the functions of some knobs, wherever the champion was by then: a sum
-needs no two runs at one place to be compared. How much each function varies is learned from the runs.
-
-A proposal follows one draw of all functions from their posterior (Thompson sampling; that many which are asked for
-together differ by their draws alone is Kandasamy et al., AISTATS 2018). docs/adr/0029 says what it is worth.
+Thompson sampling: of those that are asked for together each follows another draw. What the model is stands in
+`knob_model`; docs/adr/0029 and 0030 say what it is worth.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import random
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from raysearch.knobs import Knob, Value, Values
-from raysearch.proposers.reach import place
+from raysearch.knobs import Values, read_knobs, skeleton
+from raysearch.model import Direction
+from raysearch.proposers import Idea, Proposer, Request, Told
+from raysearch.proposers.knob_model import KnobModel, Moves
+from raysearch.proposers.reach import within_reach
+from raysearch.proposers.sieve import MOVED_KNOBS, Found, Known, Run, Sieve, movable, near
 
-Array = NDArray[Any]  # of floats
-
-SCALES = ((1.0, 4), (0.3, 7))  # length of each kernel, in ranges of a knob, and how many features stand for it
-GRID = np.linspace(0.0, 1.0, 25)  # places between which the features interpolate
-MODELLED = 1000  # runs, the latest ones
-GROUPS = 32  # texts of the code that have an offset of their own; those of the others are noise
-LEAST = 4  # runs, before which nothing is said
-FIRST_ITERATIONS, ITERATIONS, GROWTH = 20, 5, 1.1  # variances are learned anew after so many times as many runs
-OFFSET = 100.0  # variance of the level, and of each weight below its prior: (weight of it, mode)
-WEIGHTS_PRIOR = (0.3, 1.0)
-NOISE_PRIOR = (1.0, 0.02)
-MISFIT_PRIOR = (3.0, 0.04)  # a fifth of the distance to the best runs is not what a sum can say
-FAR = 100.0  # spreads above the best runs beyond which a run tells no more
+MODELLED_KNOBS = (1, 2, 4, 8)  # how many knobs one proposal moves, once there is a run or more for each of them
+DRAWS = 30  # of the model, looked at for one proposal; then the neighbourhood is tried at random
 
 
-def matern(places: Array, others: Array, length: float) -> Array:
-    """Matérn's kernel with ν = 5/2 and variance 1 (Rasmussen and Williams, 2006, equation 4.17), (n, m)."""
-    apart = math.sqrt(5) * np.abs(places[:, None] - others[None, :]) / length
-    return (1 + apart + apart**2 / 3) * np.exp(-apart)
+@dataclass
+class _Space:
+    """What was told for one profile, and the model of it; None before the first ask."""
+
+    known: Known = field(default_factory=Known)
+    model: KnobModel | None = None
 
 
-class _Features:
-    """The function of one knob as a weighted sum of features, each weight with a prior variance of its block.
-
-    Ordered values have the leading eigenfunctions of two kernels on a grid (Nyström: Williams and Seeger, NeurIPS
-    2000); words and switches have one feature each. A value that the knob does not know has none: it adds nothing.
-    """
-
-    def __init__(self, knob: Knob) -> None:
-        self._knob = knob
-        self._known: dict[Value | None, Array] = {}
-        self._kernels: list[tuple[float, Array]] = []
-        self.sizes = [len(knob.choices)]
-        if knob.is_ordered:
-            self.sizes = [rank for _, rank in SCALES]
-            for length, rank in SCALES:
-                values, vectors = np.linalg.eigh(matern(GRID, GRID, length))
-                self._kernels.append((length, vectors[:, -rank:] / np.sqrt(values[-rank:])))
-
-    def at(self, value: Value | None) -> Array:
-        """The features of one value, (features,)."""
-        if value not in self._known:
-            self._known[value] = self._computed(value)
-        return self._known[value]
-
-    def _computed(self, value: Value | None) -> Array:
-        where = place(self._knob, value)
-        if math.isnan(where):
-            return np.zeros(sum(self.sizes))
-        if not self._kernels:
-            return np.array([float(value == choice) for choice in self._knob.choices])
-        return np.concatenate([(matern(np.array([where]), GRID, length) @ basis)[0] for length, basis in self._kernels])
-
-
-@dataclass(frozen=True)
-class Moves:
-    """Moves of single knobs of one program, and what is known of the improvement by each.
-
-    Attributes:
-        names: Of the knobs, one a move.
-        values: The new values.
-        mean: Posterior mean of the improvement, in units of the metric, (moves,).
-        spread: Improvement for each of several independent standard normal numbers, (moves, numbers).
-    """
-
-    names: list[str]
-    values: list[Value]
-    mean: Array
-    spread: Array
-
-    def drawn(self, rng: np.random.Generator, count: int) -> tuple[dict[str, Value], float]:
-        """The best move of each of up to `count` knobs by one draw of the functions, the best knobs first.
-
-        Returns:
-            New values, and the posterior mean of what they improve together. Knobs that no move of improves by
-            this draw are left out, but for the first.
-        """
-        gains = self.mean + self.spread @ cast("Array", rng.standard_normal(self.spread.shape[1]))
-        moved: dict[str, Value] = {}
-        expected = 0.0
-        order: list[int] = np.argsort(-gains).tolist()
-        for move in order:
-            name = self.names[move]
-            if len(moved) == count or (moved and gains[move] <= 0):
-                break
-            if name not in moved:
-                moved[name] = self.values[move]
-                expected += float(self.mean[move])
-        return moved, expected
-
-
-class Additive:
-    """The model of one profile: told of runs, asked for what moves are worth.
+class AdditiveProposer(Proposer):
+    """Proposes knob values for one file of the program.
 
     Args:
-        knobs: Whose values make the program; their ranges stay.
-        sign: 1 where lower is better, -1 where higher is.
+        seed: Of the draws.
+        path: The file whose knobs are changed.
     """
 
-    def __init__(self, knobs: Mapping[str, Knob], sign: float) -> None:
-        self._sign = sign
-        self._features = {name: _Features(knob) for name, knob in knobs.items()}
-        self._columns: dict[str, slice] = {}
-        self._blocks: list[slice] = []  # of columns that share their prior variance; the first column is the level
-        end = 1
-        for name, features in self._features.items():
-            start = end
-            for size in features.sizes:
-                self._blocks.append(slice(end, end + size))
-                end += size
-            self._columns[name] = slice(start, end)
-        self._width = end
-        self._runs: deque[tuple[Array, str, float]] = deque(maxlen=MODELLED)
-        self._variances = np.ones(len(self._blocks) + 1)  # in units of the spread; the last one is of the code
-        self._noise, self._misfit = 0.1, MISFIT_PRIOR[1]
-        self._learned = 0  # runs that the variances are learned from
-        self._fit: _Fit | None = None
+    name = "additive"
 
-    def __len__(self) -> int:
-        return len(self._runs)
+    def __init__(self, *, seed: int = 0, path: str = "train.py") -> None:
+        self._seed = seed
+        self._path = path
+        self._random = random.Random(seed)
+        self._spaces: dict[str, _Space] = {}
 
-    def add(self, values: Values, value: float, *, code: str = "") -> None:
-        """Takes in a run.
+    def ask(self, request: Request) -> list[Idea]:
+        """Up to `request.count` programs that are the champion with a few knobs moved.
 
-        Args:
-            values: By knob; those that are missing add nothing.
-            value: The metric, finite.
-            code: What the program is but for its knobs.
+        Raises:
+            UserError: A rule of the program cannot be computed.
         """
-        row = np.zeros(self._width)
-        row[0] = 1.0
-        for name, features in self._features.items():
-            row[self._columns[name]] = features.at(values.get(name))
-        self._runs.append((row, code, self._sign * value))
-        self._fit = None
+        space = self._spaces.setdefault(request.profile, _Space())
+        knobs = movable(request, self._path)
+        if not knobs:
+            return []
+        sign = 1.0 if request.direction is Direction.MINIMIZE else -1.0
+        if not space.known.look(knobs) or space.model is None:
+            # The seed goes on with the study: after a restart it must not draw all over what was run.
+            self._random = random.Random(f"{self._seed} {request.profile} {len(space.known.told)}")
+            space.model = KnobModel(knobs, sign)
+            for run in space.known.told:
+                _learn(space.model, run)
+        sieve = Sieve(request, self._path, space.known)
+        options = {name: within_reach(knob, self._random.random) for name, knob in knobs.items()}
+        moves = space.model.moves(sieve.champion, options)
+        counts = MODELLED_KNOBS if len(space.model) >= len(knobs) else MOVED_KNOBS
+        return sieve.ideas(self.name, lambda: self._found(sieve, moves, counts, sign=sign))
 
-    def moves(self, champion: Values, options: Mapping[str, Sequence[Value]]) -> Moves | None:
-        """What moves of single knobs of a program are worth; None where too little is known, or there are none.
+    def tell(self, told: Told) -> None:
+        """Adds a run to what is known of the profile, whoever proposed it."""
+        space = self._spaces.setdefault(told.profile, _Space())
+        values: Values = {name: knob.value for name, knob in read_knobs(told.files[self._path]).items()}
+        value = told.value if told.value is not None and math.isfinite(told.value) else None
+        run = Run(values, value, skeleton(told.files, self._path)[0])
+        space.known.add(run)
+        if space.model is not None:
+            _learn(space.model, run)
 
-        Args:
-            champion: Values of all knobs.
-            options: New values, by knob.
-        """
-        moves = [(name, value) for name, values in options.items() for value in values]
-        if len(self) < LEAST or not moves:
-            return None
-        fit = self._fitted()
-        change = np.zeros((len(moves), len(fit.weights)))
-        for row, (name, value) in zip(change, moves, strict=True):
-            features = self._features[name]
-            row[self._columns[name]] = features.at(champion.get(name)) - features.at(value)
-        mean, spread = fit.scale * change @ fit.weights, fit.scale * change @ fit.root
-        return Moves([name for name, _ in moves], [value for _, value in moves], mean, spread)
-
-    def _fitted(self) -> _Fit:
-        if self._fit is None:
-            data = _Data(self._runs)
-            if len(self) >= GROWTH * self._learned:
-                for _ in range(ITERATIONS if self._learned else FIRST_ITERATIONS):
-                    self._learn(data)
-                self._learned = len(self)
-            precision, right = self._equations(data)
-            weights = np.linalg.solve(precision, right)
-            self._fit = _Fit(weights, np.linalg.inv(np.linalg.cholesky(precision)).T, data.scale)
-        return self._fit
-
-    def _prior(self, data: _Data) -> Array:
-        """Prior variance of each weight."""
-        prior = np.full(data.rows.shape[1], self._variances[-1])
-        prior[0] = OFFSET
-        for block, variance in zip(self._blocks, self._variances, strict=False):
-            prior[block] = variance
-        return prior
-
-    def _spreads(self, data: _Data) -> Array:
-        """Variance of each run around the sum."""
-        return self._noise + self._misfit * data.above**2 + self._variances[-1] * data.alone
-
-    def _equations(self, data: _Data) -> tuple[Array, Array]:
-        """The weights' posterior precision, and its product with their mean (Bayesian linear regression)."""
-        weighted = data.rows / self._spreads(data)[:, None]
-        return weighted.T @ data.rows + np.diag(1 / self._prior(data)), weighted.T @ data.values
-
-    def _learn(self, data: _Data) -> None:
-        """One step of all variances towards their maximum a posteriori; none of them makes it less likely.
-
-        The step is that of the minorise-maximise algorithm for variance components (Zhou, Hu, Zhou and Lange, Journal
-        of Computational and Graphical Statistics 28, 2019), with inverse gamma priors.
-        """
-        precision, right = self._equations(data)
-        inverse = np.linalg.inv(precision)
-        weighted = data.rows / self._spreads(data)[:, None]
-        residual = (data.values - data.rows @ (inverse @ right)) / self._spreads(data)  # V⁻¹ y
-        gram = weighted.T @ data.rows
-        squares = (data.rows.T @ residual) ** 2
-        traces = np.diag(gram) - np.einsum("ij,ji->i", gram @ inverse, gram)  # diagonal of Xᵀ V⁻¹ X
-        own = 1 / self._spreads(data) - np.einsum("ij,ij->i", weighted @ inverse, weighted)  # of V⁻¹
-        for place_, block in enumerate(self._blocks):
-            found = float(traces[block].sum()), float(squares[block].sum())
-            self._variances[place_] = _step(self._variances[place_], *found, WEIGHTS_PRIOR)
-        code = slice(self._width, None)
-        found = float(traces[code].sum() + own @ data.alone), float(squares[code].sum() + residual**2 @ data.alone)
-        self._variances[-1] = _step(self._variances[-1], *found, WEIGHTS_PRIOR)
-        far = data.above**2
-        self._noise = _step(self._noise, float(own.sum()), float(residual @ residual), NOISE_PRIOR)
-        self._misfit = _step(self._misfit, float(own @ far), float(residual**2 @ far), MISFIT_PRIOR)
+    def _found(self, sieve: Sieve, moves: Moves | None, counts: tuple[int, ...], *, sign: float) -> Found | None:
+        """The best moves by one draw; anything near the champion as long as too little is known."""
+        if moves is not None:
+            rng = np.random.default_rng(self._random.getrandbits(64))
+            for _ in range(DRAWS):
+                moved, expected = moves.drawn(rng, self._random.choice(counts))
+                values = sieve.champion | moved
+                if sieve.passes(values):
+                    return values, -sign * expected
+        values = near(sieve, self._random)
+        return None if values is None else (values, None)
 
 
-def _step(variance: float, trace: float, square: float, prior: tuple[float, float]) -> float:
-    """The maximum of -(trace v + square variance² / v) / 2 - weight (log v + mode / v) over v."""
-    weight, mode = prior
-    pull = square * variance**2 / 2 + weight * mode
-    return (math.sqrt(weight**2 + 2 * trace * pull) - weight) / trace if trace > 0 else pull / weight
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """The weights' posterior: `weights` + `root` z for standard normal z, in units of `scale`."""
-
-    weights: Array
-    root: Array
-    scale: float
-
-
-class _Data:
-    """Runs as the fit has them.
-
-    Attributes:
-        rows: Features, and which of the codes that have an offset it has, (runs, features).
-        values: The metric over the best runs, in units of its own spread.
-        scale: That unit.
-        above: How far above the best tenth a run is, at most `FAR`.
-        alone: 1 for runs whose code has no offset of its own among the features.
-    """
-
-    def __init__(self, runs: Sequence[tuple[Array, str, float]] | deque[tuple[Array, str, float]]) -> None:
-        raw = np.array([value for _, _, value in runs])
-        spread = float(np.median(np.abs(raw - np.median(raw)))) or float(raw.std()) or 1.0
-        best = float(np.quantile(raw, 0.1))
-        self.scale = spread
-        self.values = np.minimum((raw - best) / spread, FAR)
-        self.above = np.maximum(self.values, 0.0)
-        counts = Counter(code for _, code, _ in runs)
-        several = [code for code, count in counts.most_common(GROUPS) if count > 1] if len(counts) > 1 else []
-        codes = np.array([[code == one for one in several] for _, code, _ in runs], dtype=float)
-        self.alone = 1.0 - codes.sum(axis=1) if len(counts) > 1 else np.zeros(len(raw))
-        self.rows = np.concatenate([np.array([row for row, _, _ in runs]), codes], axis=1)
+def _learn(model: KnobModel, run: Run) -> None:
+    if run.value is not None:
+        model.add(run.values, run.value, code=run.code)

@@ -14,7 +14,6 @@ from raysearch.knobs import Knob
 from raysearch.proposers.reach import allowed, neighbourhood
 
 METRIC = "score"
-OWN = "additive"  # the tune proposer's own model, which is none of Ray's
 PACKAGES = {
     "ax": "ax",
     "bayesopt": "bayes_opt",
@@ -34,12 +33,10 @@ def check_searcher(name: str) -> None:
     """Refuses a searcher that cannot be had.
 
     Raises:
-        UserError: The name is neither `OWN` nor one of `ray.tune.search`'s, or its package is not installed.
+        UserError: The name is none of `ray.tune.search`'s, or its package is not installed.
     """
-    if name == OWN:
-        return
     if name not in PACKAGES:
-        known = ", ".join(sorted((OWN, *PACKAGES)))
+        known = ", ".join(sorted(PACKAGES))
         raise UserError(f"searcher {name!r} is not known; known: {known}; take one with --searcher")
     if find_spec(PACKAGES[name]) is None:
         raise UserError(f"searcher {name!r} needs the package {PACKAGES[name]!r}, which is not installed; install it")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raysearch.knobs import Value, Values, read_knobs
-from raysearch.proposers import additive
-from raysearch.proposers.additive import Additive, Moves
+from raysearch.proposers import knob_model
+from raysearch.proposers.knob_model import KnobModel, Moves
 
 KNOBS = read_knobs(
     "LR = 0.1  # in [0.001, 1.0] log: a\n"
@@ -27,6 +27,11 @@ def truth(values: Values) -> float:
     unit = {name: KNOBS[name].unit(value) for name, value in values.items() if name != "KIND"}
     bowls = 3 * (unit["LR"] - 0.3) ** 2 + (unit["DECAY"] - 0.9) ** 2 + 0.4 * unit["DEPTH"] + 0.2 * unit["WIDTH"]
     return bowls + {"a": 0.0, "b": 0.1, "c": 0.3}[str(values["KIND"])]
+
+
+def product(values: Values) -> float:
+    """A factor for each knob, over a floor."""
+    return 1.0 + 0.2 * math.exp(3 * truth(values))
 
 
 def anywhere(chance: random.Random) -> Values:
@@ -50,15 +55,15 @@ def told(
     sign: float = 1.0,
     score: Callable[[Values], float] = truth,
     draw: Callable[[random.Random], Values] = near,
-) -> Additive:
-    chance, model = random.Random(seed), Additive(KNOBS, sign)
+) -> KnobModel:
+    chance, model = random.Random(seed), KnobModel(KNOBS, sign)
     for _ in range(runs):
         values = draw(chance)
         model.add(values, sign * (score(values) + chance.gauss(0, noise)))
     return model
 
 
-def weighed(model: Additive, options: dict[str, list[Value]]) -> Moves:
+def weighed(model: KnobModel, options: dict[str, list[Value]]) -> Moves:
     moves = model.moves(FIRST, options)
     assert moves is not None
     return moves
@@ -78,8 +83,25 @@ GAINS = np.array([truth(FIRST) - truth(FIRST | {name: value}) for name, values i
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_it_learns_what_single_moves_are_worth_from_runs_that_move_two(sign: float):
     moves = weighed(told(120, sign=sign), OPTIONS)
-    assert np.abs(moves.mean - GAINS).max() < 0.04
+    assert np.corrcoef(moves.mean, GAINS)[0, 1] > 0.97
+    assert (np.abs(moves.mean - GAINS) < 0.05 + 0.35 * np.abs(GAINS)).all()  # it takes effects to shrink
     assert moves.names[:3] == ["LR", "LR", "LR"]
+
+
+def test_changes_that_helped_a_bad_program_are_expected_to_help_a_good_one_less(monkeypatch: pytest.MonkeyPatch):
+    """Where each change takes away a share of what is left, what bad programs say holds for the best one too."""
+    champion = FIRST | {"LR": 0.008, "DECAY": 0.85, "DEPTH": 3}
+    errors: list[float] = []
+    for curve in (knob_model.CURVE, 1e9):
+        monkeypatch.setattr(knob_model, "CURVE", curve)
+        model = told(60, score=product)
+        model.add(champion, product(champion))
+        moves = model.moves(champion, OPTIONS)
+        assert moves is not None
+        values = zip(moves.names, moves.values, strict=True)
+        gains = [product(champion) - product(champion | {name: value}) for name, value in values]
+        errors.append(float(np.square(moves.mean - np.array(gains)).mean()))
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_what_it_does_not_know_is_within_what_it_says_that_it_does_not_know():
@@ -89,7 +111,7 @@ def test_what_it_does_not_know_is_within_what_it_says_that_it_does_not_know():
         for seed in range(20):
             moves = weighed(told(runs, seed=seed), OPTIONS)
             errors += list((moves.mean - GAINS) / np.sqrt((moves.spread**2).sum(axis=1)))
-        assert 0.3 < math.sqrt(float(np.mean(np.square(errors)))) < 1.7
+        assert 0.3 < math.sqrt(float(np.mean(np.square(errors)))) < 2.2  # this truth is a sum, not a product
 
 
 def test_draws_have_the_mean_and_the_spread_of_the_posterior_and_differ():
@@ -114,7 +136,7 @@ def test_a_draw_moves_each_knob_once_and_only_where_it_improves_but_for_the_firs
 
 def test_other_code_has_an_offset_of_its_own():
     """Half of the runs have other code that is worse by 5, and other values of one knob: no effect of that knob."""
-    chance, model = random.Random(1), Additive(KNOBS, 1.0)
+    chance, model = random.Random(1), KnobModel(KNOBS, 1.0)
     for number in range(120):
         is_other = number % 2 == 1
         values = near(chance) | {"IDLE": chance.uniform(0.6, 1.0) if is_other else chance.uniform(0.0, 0.4)}
@@ -125,7 +147,7 @@ def test_other_code_has_an_offset_of_its_own():
 
 
 def test_code_that_ran_once_tells_of_knobs_as_far_as_others_of_its_kind_agree():
-    chance, model = random.Random(2), Additive(KNOBS, 1.0)
+    chance, model = random.Random(2), KnobModel(KNOBS, 1.0)
     for number in range(150):
         values = near(chance)
         model.add(values, truth(values) + chance.gauss(0, 0.05), code=f"text {number}")
@@ -139,7 +161,8 @@ def test_runs_that_are_far_off_do_not_drown_the_small_effects():
         return truth(values) + (300.0 * float(values["LR"]) if float(values["LR"]) > 0.5 else 0.0)
 
     moves = weighed(told(200, score=score), {name: OPTIONS[name] for name in ("DECAY", "DEPTH", "KIND")})
-    assert np.abs(moves.mean - np.concatenate([GAINS[3:8], GAINS[10:12]])).max() < 0.06
+    gains = np.concatenate([GAINS[3:8], GAINS[10:12]])
+    assert (np.abs(moves.mean - gains) < 0.05 + 0.35 * np.abs(gains)).all()
 
 
 def test_values_that_a_knob_does_not_know_add_nothing():
@@ -151,7 +174,7 @@ def test_values_that_a_knob_does_not_know_add_nothing():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e300, -1e-300])
 def test_runs_that_are_all_alike_say_nothing_and_break_nothing(value: float):
-    model = Additive(KNOBS, 1.0)
+    model = KnobModel(KNOBS, 1.0)
     for seed in range(6):
         model.add(near(random.Random(seed)), value)
     moves = weighed(model, OPTIONS)
@@ -160,34 +183,34 @@ def test_runs_that_are_all_alike_say_nothing_and_break_nothing(value: float):
 
 
 def test_it_says_nothing_before_it_has_a_few_runs_or_without_moves():
-    assert told(additive.LEAST - 1).moves(FIRST, OPTIONS) is None
-    assert told(additive.LEAST).moves(FIRST, {"LR": []}) is None
-    assert told(additive.LEAST).moves(FIRST, OPTIONS) is not None
+    assert told(knob_model.LEAST - 1).moves(FIRST, OPTIONS) is None
+    assert told(knob_model.LEAST).moves(FIRST, {"LR": []}) is None
+    assert told(knob_model.LEAST).moves(FIRST, OPTIONS) is not None
 
 
 def test_it_keeps_the_latest_runs_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(additive, "MODELLED", 30)
+    monkeypatch.setattr(knob_model, "MODELLED", 30)
     assert len(told(100)) == 30
 
 
-def log_posterior(model: Additive) -> float:
+def log_posterior(model: KnobModel) -> float:
     """Of the variances, up to a constant, from the covariance of all runs, which the model never makes."""
-    data = additive._Data(model._runs)
-    covariance = (data.rows * model._prior(data)) @ data.rows.T + np.diag(model._spreads(data))
+    data = knob_model._Data(model._runs)
+    covariance = (data.rows * model._prior(data)) @ data.rows.T + np.diag(model._posterior(data).around)
     _, determinant = np.linalg.slogdet(covariance)
     found = -0.5 * (determinant + data.values @ np.linalg.solve(covariance, data.values))
-    priors = [(additive.WEIGHTS_PRIOR, float(variance)) for variance in model._variances]
-    priors += [(additive.NOISE_PRIOR, model._noise), (additive.MISFIT_PRIOR, model._misfit)]
+    priors = [(knob_model.WEIGHTS_PRIOR, float(variance)) for variance in model._variances]
+    priors += [(knob_model.NOISE_PRIOR, model._noise), (knob_model.MISFIT_PRIOR, model._misfit)]
     return float(found) - sum(weight * (math.log(v) + mode / v) for (weight, mode), v in priors)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_each_step_makes_the_variances_likelier(seed: int):
-    chance, model = random.Random(seed), Additive(KNOBS, 1.0)
+    chance, model = random.Random(seed), KnobModel(KNOBS, 1.0)
     for number in range(chance.randint(5, 60)):
         values = chance.choice([near, anywhere])(chance)
         model.add(values, truth(values) + chance.gauss(0, 0.05), code=chance.choice(["a", "b", f"{number}"]))
-    data, before = additive._Data(model._runs), log_posterior(model)
+    data, before = knob_model._Data(model._runs), log_posterior(model)
     first = before
     for _ in range(25):
         model._learn(data)

@@ -1,0 +1,312 @@
+"""What each knob does to the metric, as an additive Gaussian process; and draws from what is known of it.
+
+The metric is taken to be a sum of one smooth function of each knob, of an offset for each text of the program's code,
+and of noise (additive Gaussian processes: Duvenaud, Nickisch and Rasmussen, NeurIPS 2011). A search moves a few knobs
+at a time, so that every run says something about the functions of some knobs, wherever the champion was by then: a sum
+needs no two runs at one place to be compared. How much each function varies is learned from the runs.
+
+It knows no champion but the one that it is asked about, and chooses nothing: `additive` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysearch.knobs import Knob, Value, Values
+from raysearch.proposers.reach import place
+
+Array = NDArray[Any]  # of floats
+
+SCALES = ((1.0, 4), (0.3, 7))  # length of each kernel, in ranges of a knob, and how many features stand for it
+GRID = np.linspace(0.0, 1.0, 25)  # places between which the features interpolate
+MODELLED = 1000  # runs, the latest ones
+GROUPS = 32  # texts of the code that have an offset of their own; those of the others are noise
+LEAST = 4  # runs, before which nothing is said
+FIRST_ITERATIONS, ITERATIONS, GROWTH = 20, 5, 1.1  # variances are learned anew after so many times as many runs
+OFFSET = 100.0  # variance of the level, and of each weight below its prior: (weight of it, mode)
+WEIGHTS_PRIOR = (0.3, 1.0)
+NOISE_PRIOR = (1.0, 0.02)
+MISFIT_PRIOR = (3.0, 0.04)  # a fifth of the distance to the best runs is not what a sum can say
+CURVE, LEAST_CURVE = 1 / 3, 3.0  # of what was gained since the first runs; in spreads, at least: see `_bent`
+FIRST_RUNS = 3
+LOWEST = 0.9  # of the curve below the best runs: as good as a run can be
+STEEPEST = 20.0  # times as much as near the best runs is a change worth at most to a worse program
+FAR = 100.0  # spreads above the best runs beyond which a run tells no more
+
+
+def matern(places: Array, others: Array, length: float) -> Array:
+    """Matérn's kernel with ν = 5/2 and variance 1 (Rasmussen and Williams, 2006, equation 4.17), (n, m)."""
+    apart = math.sqrt(5) * np.abs(places[:, None] - others[None, :]) / length
+    return (1 + apart + apart**2 / 3) * np.exp(-apart)
+
+
+class _Features:
+    """The function of one knob as a weighted sum of features, each weight with a prior variance of its block.
+
+    Ordered values have the leading eigenfunctions of two kernels on a grid (Nyström: Williams and Seeger, NeurIPS
+    2000); words and switches have one feature each. A value that the knob does not know has none: it adds nothing.
+    """
+
+    def __init__(self, knob: Knob) -> None:
+        self._knob = knob
+        self._known: dict[Value | None, Array] = {}
+        self._kernels: list[tuple[float, Array]] = []
+        self.sizes = [len(knob.choices)]
+        if knob.is_ordered:
+            self.sizes = [rank for _, rank in SCALES]
+            for length, rank in SCALES:
+                values, vectors = np.linalg.eigh(matern(GRID, GRID, length))
+                self._kernels.append((length, vectors[:, -rank:] / np.sqrt(values[-rank:])))
+
+    def at(self, value: Value | None) -> Array:
+        """The features of one value, (features,)."""
+        if value not in self._known:
+            self._known[value] = self._computed(value)
+        return self._known[value]
+
+    def _computed(self, value: Value | None) -> Array:
+        where = place(self._knob, value)
+        if math.isnan(where):
+            return np.zeros(sum(self.sizes))
+        if not self._kernels:
+            return np.array([float(value == choice) for choice in self._knob.choices])
+        return np.concatenate([(matern(np.array([where]), GRID, length) @ basis)[0] for length, basis in self._kernels])
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Moves of single knobs of one program, and what is known of the improvement by each.
+
+    Attributes:
+        names: Of the knobs, one a move.
+        values: The new values.
+        mean: Posterior mean of the improvement, in units of the metric, (moves,).
+        spread: Improvement for each of several independent standard normal numbers, (moves, numbers).
+    """
+
+    names: list[str]
+    values: list[Value]
+    mean: Array
+    spread: Array
+
+    def drawn(self, rng: np.random.Generator, count: int) -> tuple[dict[str, Value], float]:
+        """The best move of each of up to `count` knobs by one draw of the functions, the best knobs first.
+
+        Returns:
+            New values, and the posterior mean of what they improve together. Knobs that no move of improves by
+            this draw are left out, but for the first.
+        """
+        gains = self.mean + self.spread @ cast("Array", rng.standard_normal(self.spread.shape[1]))
+        moved: dict[str, Value] = {}
+        expected = 0.0
+        order: list[int] = np.argsort(-gains).tolist()
+        for move in order:
+            name = self.names[move]
+            if len(moved) == count or (moved and gains[move] <= 0):
+                break
+            if name not in moved:
+                moved[name] = self.values[move]
+                expected += float(self.mean[move])
+        return moved, expected
+
+
+class KnobModel:
+    """The model of one profile: told of runs, asked for what moves are worth.
+
+    Args:
+        knobs: Whose values make the program; their ranges stay.
+        sign: 1 where lower is better, -1 where higher is.
+    """
+
+    def __init__(self, knobs: Mapping[str, Knob], sign: float) -> None:
+        self._sign = sign
+        self._features = {name: _Features(knob) for name, knob in knobs.items()}
+        self._columns: dict[str, slice] = {}
+        self._blocks: list[slice] = []  # of columns that share their prior variance; the first column is the level
+        end = 1
+        for name, features in self._features.items():
+            start = end
+            for size in features.sizes:
+                self._blocks.append(slice(end, end + size))
+                end += size
+            self._columns[name] = slice(start, end)
+        self._width = end
+        self._runs: deque[tuple[Array, str, float]] = deque(maxlen=MODELLED)
+        self._variances = np.ones(len(self._blocks) + 1)  # in units of the spread; the last one is of the code
+        self._noise, self._misfit = 0.1, MISFIT_PRIOR[1]
+        self._learned = 0  # runs that the variances are learned from
+        self._fit: _Fit | None = None
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, values: Values, value: float, *, code: str = "") -> None:
+        """Takes in a run.
+
+        Args:
+            values: By knob; those that are missing add nothing.
+            value: The metric, finite.
+            code: What the program is but for its knobs.
+        """
+        self._runs.append((self._row(values), code, self._sign * value))
+        self._fit = None
+
+    def _row(self, values: Values) -> Array:
+        row = np.zeros(self._width)
+        row[0] = 1.0
+        for name, features in self._features.items():
+            row[self._columns[name]] = features.at(values.get(name))
+        return row
+
+    def moves(self, champion: Values, options: Mapping[str, Sequence[Value]]) -> Moves | None:
+        """What moves of single knobs of a program are worth; None where too little is known, or there are none.
+
+        Args:
+            champion: Values of all knobs.
+            options: New values, by knob.
+        """
+        moves = [(name, value) for name, values in options.items() for value in values]
+        if len(self) < LEAST or not moves:
+            return None
+        fit = self._fitted()
+        change = np.zeros((len(moves), len(fit.weights)))
+        for row, (name, value) in zip(change, moves, strict=True):
+            features = self._features[name]
+            row[self._columns[name]] = features.at(champion.get(name)) - features.at(value)
+        unit = fit.scale * fit.steepness(self._row(champion))
+        mean, spread = unit * change @ fit.weights, unit * change @ fit.root
+        return Moves([name for name, _ in moves], [value for _, value in moves], mean, spread)
+
+    def _fitted(self) -> _Fit:
+        if self._fit is None:
+            data = _Data(self._runs)
+            if len(self) >= GROWTH * self._learned:
+                for _ in range(ITERATIONS if self._learned else FIRST_ITERATIONS):
+                    self._learn(data)
+                self._learned = len(self)
+            now = self._posterior(data)
+            weights = np.linalg.solve(now.precision, now.right)
+            self._fit = _Fit(weights, np.linalg.inv(np.linalg.cholesky(now.precision)).T, data.scale, data.curve)
+        return self._fit
+
+    def _prior(self, data: _Data) -> Array:
+        """Prior variance of each weight."""
+        prior = np.full(data.rows.shape[1], self._variances[-1])
+        prior[0] = OFFSET
+        for block, variance in zip(self._blocks, self._variances, strict=False):
+            prior[block] = variance
+        return prior
+
+    def _posterior(self, data: _Data) -> _Posterior:
+        """Of the weights, with the variances as they are (Bayesian linear regression)."""
+        around = self._noise + self._misfit * data.above**2 + self._variances[-1] * data.alone
+        weighted = data.rows / around[:, None]
+        gram = weighted.T @ data.rows
+        return _Posterior(around, weighted, gram, gram + np.diag(1 / self._prior(data)), weighted.T @ data.values)
+
+    def _learn(self, data: _Data) -> None:
+        """One step of all variances towards their maximum a posteriori; none of them makes it less likely.
+
+        The step is that of the minorise-maximise algorithm for variance components (Zhou, Hu, Zhou and Lange, Journal
+        of Computational and Graphical Statistics 28, 2019), with inverse gamma priors.
+        """
+        now = self._posterior(data)
+        inverse = np.linalg.inv(now.precision)
+        residual = (data.values - data.rows @ (inverse @ now.right)) / now.around  # V⁻¹ y
+        squares = (data.rows.T @ residual) ** 2
+        traces = np.diag(now.gram) - np.einsum("ij,ji->i", now.gram @ inverse, now.gram)  # diagonal of Xᵀ V⁻¹ X
+        own = 1 / now.around - np.einsum("ij,ij->i", now.weighted @ inverse, now.weighted)  # of V⁻¹
+        for index, block in enumerate(self._blocks):
+            found = float(traces[block].sum()), float(squares[block].sum())
+            self._variances[index] = _step(self._variances[index], *found, WEIGHTS_PRIOR)
+        code = slice(self._width, None)
+        found = float(traces[code].sum() + own @ data.alone), float(squares[code].sum() + residual**2 @ data.alone)
+        self._variances[-1] = _step(self._variances[-1], *found, WEIGHTS_PRIOR)
+        far = data.above**2
+        self._noise = _step(self._noise, float(own.sum()), float(residual @ residual), NOISE_PRIOR)
+        self._misfit = _step(self._misfit, float(own @ far), float(residual**2 @ far), MISFIT_PRIOR)
+
+
+def _step(variance: float, trace: float, square: float, prior: tuple[float, float]) -> float:
+    """The maximum of -(trace v + square variance² / v) / 2 - weight (log v + mode / v) over v."""
+    weight, mode = prior
+    pull = square * variance**2 / 2 + weight * mode
+    return (math.sqrt(weight**2 + 2 * trace * pull) - weight) / trace if trace > 0 else pull / weight
+
+
+class _Posterior(NamedTuple):
+    """Of the weights, and what it is made of.
+
+    Attributes:
+        around: Variance of each run around the sum, (runs,).
+        weighted: Features over that, (runs, features).
+        gram: Their product with the features, (features, features).
+        precision: Inverse of the weights' covariance, likewise.
+        right: Its product with their mean, (features,).
+    """
+
+    around: Array
+    weighted: Array
+    gram: Array
+    precision: Array
+    right: Array
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The weights' posterior: `weights` + `root` z for standard normal z, in units of `scale`, of what is `_bent`."""
+
+    weights: Array
+    root: Array
+    scale: float
+    curve: float
+
+    def steepness(self, row: Array) -> float:
+        """How much the metric changes with what is bent, about a program."""
+        above = self.scale * float(row @ self.weights[: len(row)])
+        return math.exp(min(max(above / self.curve, math.log(1 - LOWEST)), math.log(STEEPEST)))
+
+
+class _Data:
+    """Runs as the fit has them.
+
+    Attributes:
+        rows: Features, and which of the codes that have an offset it has, (runs, features).
+        values: The metric over the best runs, in units of its own spread, `_bent`.
+        scale: That unit.
+        curve: How far the floor lies below the best runs, in units of the metric.
+        above: How far above the best tenth a run is, at most `FAR`.
+        alone: 1 for runs whose code has no offset of its own among the features.
+    """
+
+    def __init__(self, runs: Sequence[tuple[Array, str, float]] | deque[tuple[Array, str, float]]) -> None:
+        raw = np.array([value for _, _, value in runs])
+        spread = float(np.median(np.abs(raw - np.median(raw)))) or float(raw.std()) or 1.0
+        best = float(np.quantile(raw, 0.1))
+        gained = float(raw[:FIRST_RUNS].mean()) - best
+        self.scale = spread
+        self.curve = max(CURVE * gained, LEAST_CURVE * spread)
+        self.values = np.minimum(_bent(raw - best, self.curve) / spread, FAR)
+        self.above = np.maximum(self.values, 0.0)
+        counts = Counter(code for _, code, _ in runs)
+        several = [code for code, count in counts.most_common(GROUPS) if count > 1] if len(counts) > 1 else []
+        codes = np.array([[code == one for one in several] for _, code, _ in runs], dtype=float)
+        self.alone = 1.0 - codes.sum(axis=1) if len(counts) > 1 else np.zeros(len(raw))
+        self.rows = np.concatenate([np.array([row for row, _, _ in runs]), codes], axis=1)
+
+
+def _bent(above: Array, curve: float) -> Array:
+    """How far runs are above the best ones, with what is far above drawn in.
+
+    A change is worth less when there is less to gain: what halves the distance to what can be reached gives 0.1 bits
+    per byte at first and 0.01 later. The logarithm of the distance to a floor, `curve` below the best runs, is more of
+    a sum than the metric is. Near the best runs it is their distance.
+    """
+    return curve * np.log1p(np.maximum(above, -LOWEST * curve) / curve)

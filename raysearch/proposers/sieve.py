@@ -1,0 +1,210 @@
+"""Programs near a champion that may be proposed: new, within the rules of the program, and likely to run.
+
+Both proposers that move knobs pass what they find through it. It does not know which of them are good.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raysearch.knobs import (
+    Knob,
+    Value,
+    Values,
+    broken_rule,
+    constant_lines,
+    fingerprint,
+    format_value,
+    read_knobs,
+    read_rules,
+    rewrite,
+)
+from raysearch.model import Operator
+from raysearch.patches import unified_diff
+from raysearch.proposers import Idea, Request
+from raysearch.proposers.reach import differs, place, reached
+
+MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
+RANDOM_DRAWS = 600  # proposals tried at random before a proposer says that it has no idea
+
+Found = tuple[Values, float | None]  # values of all knobs, and the change of the metric that is predicted
+
+
+class Run(NamedTuple):
+    """A run that was told: knobs, metric (None: it failed), and what the program is but for its knobs."""
+
+    values: Values
+    value: float | None
+    code: str = ""
+
+
+@dataclass
+class Known:
+    """What was told for one profile, and the knobs in whose ranges it is placed.
+
+    Attributes:
+        told: Runs in the order in which they were told.
+        knobs: Of the latest champion.
+        places: Where the told runs lie, in units of the knobs' ranges; NaN where that cannot be said.
+        base: The commit that `prints` is for.
+        prints: Fingerprints of it with other values, by the values.
+    """
+
+    told: list[Run] = field(default_factory=list[Run])
+    knobs: dict[str, Knob] = field(default_factory=dict[str, Knob])
+    places: list[list[float]] = field(default_factory=list[list[float]])
+    base: str = ""
+    prints: dict[tuple[Value, ...], str] = field(default_factory=dict[tuple[Value, ...], str])
+
+    def add(self, run: Run) -> None:
+        """Takes in a run."""
+        self.told.append(run)
+        self.places.append(_place(run.values, self.knobs))
+
+    def look(self, knobs: Mapping[str, Knob]) -> bool:
+        """Takes the knobs of a champion; whether they have the ranges of the one before."""
+        same = _ranges(self.knobs) == _ranges(knobs)
+        self.knobs = dict(knobs)
+        if not same:
+            self.places = [_place(run.values, knobs) for run in self.told]
+            self.prints = {}  # directions may leave other knobs of the same program
+        return same
+
+
+def movable(request: Request, path: str) -> dict[str, Knob]:
+    """The knobs that a request's directions let move; none if nothing may be tuned."""
+    if Operator.TUNE in request.directions.forbidden:
+        return {}
+    return request.directions.narrowed(read_knobs(request.files[path], path=path))
+
+
+class Sieve:
+    """What may be proposed on one champion: the cheap tests come first, and nothing passes twice.
+
+    Attributes:
+        knobs: That may be moved.
+        champion: Their values.
+    """
+
+    def __init__(self, request: Request, path: str, known: Known) -> None:
+        self.knobs = known.knobs
+        self.champion: Values = {name: knob.value for name, knob in self.knobs.items()}
+        self._files, self._path, self._source = request.files, path, request.files[path]
+        self._count = request.count
+        self._constants = {name: line.value for name, line in constant_lines(self._source).items()}
+        # A rule that the champion itself breaks, and runs, is no rule.
+        self._rules = [rule for rule in read_rules(self._source) if self._holds([rule], self.champion)]
+        self._known = set(request.known)
+        self._seen = {tuple(self.champion.values())}
+        self._runs = _Runs(known, self.champion)
+        if known.base != request.base:
+            known.base, known.prints = request.base, {}
+        self._prints = known.prints
+
+    def passes(self, values: Values) -> bool:
+        """Whether it is new here, keeps the rules, is likely to run, and was not run."""
+        key = tuple(values.values())
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        if not self._holds(self._rules, values) or not self._runs.likely(values):
+            return False
+        print_ = self.print_of(values)
+        fresh = print_ not in self._known
+        self._known.add(print_)
+        return fresh
+
+    def print_of(self, values: Values) -> str:
+        """Fingerprint of the champion with these values."""
+        key = tuple(values.values())
+        if key not in self._prints:  # parsing a program takes longer than all the rest
+            self._prints[key] = fingerprint({**self._files, self._path: rewrite(self._source, values)})
+        return self._prints[key]
+
+    def ideas(self, proposer: str, find: Callable[[], Found | None]) -> list[Idea]:
+        """As many ideas as the request wants, or as `find` gives values that have passed."""
+        ideas: list[Idea] = []
+        while len(ideas) < self._count and (found := find()) is not None:
+            values, predicted = found
+            patch = unified_diff(self._path, self._source, rewrite(self._source, values))
+            why = _hypothesis(self.champion, values, self.knobs)
+            ideas.append(Idea(patch, Operator.TUNE, why, proposer, predicted_delta=predicted))
+        return ideas
+
+    def _holds(self, rules: Sequence[str], values: Values) -> bool:
+        return broken_rule(rules, self._constants | values) is None
+
+
+class _Runs:
+    """Where the runs lie in the space of the knobs, and which of them failed."""
+
+    def __init__(self, known: Known, champion: Values) -> None:
+        self._knobs = known.knobs
+        failed = [run.value is None for run in known.told]
+        places = [*known.places, _place(champion, known.knobs)]  # the champion ran, whether or not it was told
+        self._failed: NDArray[np.bool_] = np.array([*failed, False])
+        self._places: NDArray[np.float64] | None = np.array(places) if any(failed) else None
+
+    def likely(self, values: Values) -> bool:
+        """Whether the nearest program that was run, ran to its end."""
+        if self._places is None:
+            return True
+        apart = np.nan_to_num(self._places - np.array(_place(values, self._knobs)))
+        squares = (apart**2).sum(axis=1)
+        return bool(squares[~self._failed].min() <= squares[self._failed].min())
+
+
+# ---- values ----
+
+
+def dealt(sieve: Sieve, suggested: Values, chance: random.Random) -> list[Values]:
+    """The champion with a few of its knobs moved towards the suggestion, then with a few of the others, and so on."""
+    differing = [name for name, knob in sieve.knobs.items() if differs(knob, suggested[name])]
+    chance.shuffle(differing)
+    found: list[Values] = []
+    while differing:
+        count = chance.choice(MOVED_KNOBS)
+        moved, differing = differing[:count], differing[count:]
+        found.append(sieve.champion | {name: reached(sieve.knobs[name], suggested[name]) for name in moved})
+    return found
+
+
+def anywhere(knobs: Mapping[str, Knob], chance: random.Random) -> Values:
+    """Any value for each knob."""
+    return {
+        name: chance.choice(knob.choices) if knob.choices else knob.nearest(knob.at(chance.random()))
+        for name, knob in knobs.items()
+    }
+
+
+def near(sieve: Sieve, chance: random.Random) -> Values | None:
+    """Values anywhere near the champion that pass; None if hardly any are left."""
+    drawn = (values for _ in range(RANDOM_DRAWS) for values in dealt(sieve, anywhere(sieve.knobs, chance), chance)[:1])
+    return next((values for values in drawn if sieve.passes(values)), None)
+
+
+def _place(values: Values, knobs: Mapping[str, Knob]) -> list[float]:
+    """A program's place in units of the knobs' ranges; NaN for a knob that it has not, or has in another sense."""
+    return [place(knob, values.get(name)) for name, knob in knobs.items()]
+
+
+def _ranges(knobs: Mapping[str, Knob]) -> list[tuple[object, ...]]:
+    return [(knob.name, knob.low, knob.high, knob.log, knob.choices, knob.is_int) for knob in knobs.values()]
+
+
+def _hypothesis(champion: Values, values: Values, knobs: Mapping[str, Knob]) -> str:
+    moves = [
+        f"{name} {format_value(champion[name])} → {format_value(value)}"
+        for name, value in values.items()
+        if value != champion[name]
+    ]
+    if len(moves) == 1:
+        helps = next(knob.help for name, knob in knobs.items() if values[name] != champion[name])
+        return f"{moves[0]} ({helps})" if helps else moves[0]
+    return ", ".join(moves)
