@@ -24,7 +24,8 @@ from raysearch.executors.simulated import CONTENDED, PER_DOUBLING, Faults, apply
 from raysearch.executors.surrogate import PATH, Regime, Surrogate, family, h100, program, starts, values_of
 from raysearch.knobs import Values
 from raysearch.model import Direction, Outcome
-from raysearch.proposers import Proposer, Request, Told
+from raysearch.proposers import Idea, Proposer, Request, Told
+from raysearch.proposers.additive import AdditiveProposer
 from raysearch.proposers.transfer import TransferProposer
 from raysearch.proposers.tune import TuneProposer
 from raysearch.simulate import Ratcheted, fleet, simulate
@@ -55,6 +56,13 @@ WORLDS = {
 }
 
 
+def made(movers: Iterable[str], seed: int) -> list[Proposer]:
+    """Proposers that move knobs: `additive`, or `tune` with a searcher of that name."""
+    return [
+        AdditiveProposer(seed=seed) if name == "additive" else TuneProposer(searcher=name, seed=seed) for name in movers
+    ]
+
+
 @dataclass(frozen=True)
 class Found:
     """What one arm came to with one seed.
@@ -82,7 +90,7 @@ class Task:
     seed: int
     slots: int
     gpu_h: float
-    searcher: str
+    movers: tuple[str, ...]
     world: str = "steady"
 
     def run(self) -> Found:
@@ -93,11 +101,11 @@ class Task:
         slots = 1 if self.arm in ("sequential greedy", "ours, 1 slot") else self.slots
         hours = self.gpu_h / slots
         if self.arm in ("random", "TPE alone", "always 3 seeds"):
-            return Classic(world, start, slots, hours, self.seed, self.searcher, self.arm).run()
+            return Classic(world, start, slots, hours, self.seed, self.movers, self.arm).run()
         rule = "greedy" if "greedy" in self.arm else "race"
         found = simulate(
             fleet(card, slots),
-            proposers=[TuneProposer(searcher=self.searcher, seed=self.seed)],
+            proposers=made(self.movers, self.seed),
             hours=hours,
             seed=self.seed,
             start=start,
@@ -120,7 +128,7 @@ class Classic:
     slots: int
     hours: float
     seed: int
-    searcher: str
+    movers: tuple[str, ...]
     arm: str
     truth: float = field(init=False)
     told: Callable[[Values, float | None], None] = field(init=False)
@@ -172,17 +180,20 @@ class Classic:
         self.best, self.best_value, self.truth = values, value, truth
 
     def _near(self) -> Callable[[], Values]:
-        tune = TuneProposer(searcher=self.searcher, seed=self.seed)
+        movers = made(self.movers, self.seed)
         known: set[str] = set()
 
         def told(values: Values, value: float | None) -> None:
             outcome = Outcome.CRASHED if value is None else Outcome.MEASURED
-            tune.tell(Told("card", {PATH: program(values)}, outcome, value))
+            for mover in movers:
+                mover.tell(Told("card", {PATH: program(values)}, outcome, value))
 
         def propose() -> Values:
             text = program(self.best)
-            ideas = tune.ask(Request("card", text, {PATH: text}, 1, known, Direction.MINIMIZE))
-            changed = apply_patch(ideas[0].patch, {PATH: text})
+            movers.append(movers.pop(0))  # in turn
+            (idea,) = movers[0].ask(Request("card", text, {PATH: text}, 1, known, Direction.MINIMIZE))
+            assert isinstance(idea, Idea)
+            changed = apply_patch(idea.patch, {PATH: text})
             known.add(knobs.fingerprint(changed))
             return dict(values_of(changed[PATH]))
 
@@ -248,7 +259,7 @@ def compare(arms: Iterable[str], regimes: Iterable[Regime], arguments: argparse.
         print(f"{'arm':<18} {'true gain (milli-bpb)':>22} {'a GPU-hour':>11} {'an hour':>8} {'idle':>6}   false keeps")
         for arm in arms:
             task = [
-                Task(arm, regime, seed, arguments.slots, arguments.gpu_h, arguments.searcher, arguments.world)
+                Task(arm, regime, seed, arguments.slots, arguments.gpu_h, tuple(arguments.movers), arguments.world)
                 for seed in range(arguments.seeds)
             ]
             found = list(POOL.map(Task.run, task)) if POOL else [one.run() for one in task]
@@ -263,13 +274,13 @@ def compare(arms: Iterable[str], regimes: Iterable[Regime], arguments: argparse.
             )
 
 
-def scaled(job: tuple[int, int, float, float, str]) -> float:
+def scaled(job: tuple[int, int, float, float, tuple[str, ...]]) -> float:
     """Hours in which so many slots reach a true gain; the whole time if they do not."""
-    slots, seed, hours, target, searcher = job
+    slots, seed, hours, target, movers = job
     card = h100()
     (lane,) = simulate(
         fleet(card, slots),
-        proposers=[TuneProposer(searcher=searcher, seed=seed)],
+        proposers=made(movers, seed),
         hours=hours,
         seed=seed,
         start=starts(card, Regime.EARLY),
@@ -280,13 +291,13 @@ def scaled(job: tuple[int, int, float, float, str]) -> float:
 
 def scaling(arguments: argparse.Namespace) -> None:
     """Prints in how many hours more slots reach what one slot reaches, in the median over seeds."""
-    seeds, searcher, hours = range(arguments.seeds), arguments.searcher, arguments.hours
+    seeds, movers, hours = range(arguments.seeds), tuple(arguments.movers), arguments.hours
     pool = POOL.map if POOL else map
-    gains = list(pool(scaled, [(1, seed, hours, math.inf, searcher) for seed in seeds]))
+    gains = list(pool(scaled, [(1, seed, hours, math.inf, movers) for seed in seeds]))
     target = statistics.median(gains)
     print(f"\n1 slot in {hours:g} h: true gain {1000 * target:.2f} milli-bpb (median of {arguments.seeds} seeds)")
     for slots in arguments.scaling:
-        took = list(pool(scaled, [(slots, seed, 4 * hours / slots, target, searcher) for seed in seeds]))
+        took = list(pool(scaled, [(slots, seed, 4 * hours / slots, target, movers) for seed in seeds]))
         median = statistics.median(took)
         print(
             f"{slots:>3} slots: {median:.2f} h, efficiency {hours / slots / median:.2f}"
@@ -295,12 +306,12 @@ def scaling(arguments: argparse.Namespace) -> None:
         )
 
 
-def transferred(job: tuple[float, bool, int, float]) -> Ratcheted:
+def transferred(job: tuple[float, bool, int, float, tuple[str, ...]]) -> Ratcheted:
     """The second profile's ratchet: 16 slots of one card, 4 of another with correlated effects."""
-    correlation, is_on, seed, hours = job
+    correlation, is_on, seed, hours, movers = job
     card = h100()
     other = family(card, correlation=correlation, seed=seed)
-    proposers: list[Proposer] = [TuneProposer(searcher="random", seed=seed)]
+    proposers = made(movers, seed)
     if is_on:
         proposers.append(TransferProposer())
     slots = [*fleet(card, 16), *fleet(other, 4)]
@@ -311,9 +322,9 @@ def transferred(job: tuple[float, bool, int, float]) -> Ratcheted:
 def transfer(arguments: argparse.Namespace) -> None:
     """Prints the GPU-hours in which the second profile reaches its target, with and without transfer."""
     pool = POOL.map if POOL else map
-    hours = arguments.hours / 8
+    hours, movers = arguments.hours / 8, tuple(arguments.movers)
     for correlation in (0.7, 0.0):
-        jobs = [(correlation, is_on, seed, hours) for seed in range(arguments.seeds) for is_on in (False, True)]
+        jobs = [(correlation, is_on, seed, hours, movers) for seed in range(arguments.seeds) for is_on in (False, True)]
         found = list(pool(transferred, jobs))
         shares: list[float] = []
         gains: list[float] = []
@@ -338,7 +349,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--gpu-h", type=float, default=24.0, help="GPU-hours of each arm.")
     parser.add_argument("--world", default="steady", choices=WORLDS, help="How noisy runs are, in the table of arms.")
-    parser.add_argument("--searcher", default="random", help="Of the tune proposer, in all arms that use it.")
+    known = "additive, or searchers of tune; random is the cheapest by far"
+    parser.add_argument("--movers", nargs="+", default=["random"], help=f"Who moves knobs, in all arms: {known}.")
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--regimes", nargs="+", default=[one.value for one in Regime])
     parser.add_argument("--scaling", type=int, nargs="+", help="Numbers of slots.")

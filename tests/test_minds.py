@@ -105,7 +105,7 @@ def test_what_is_no_short_form_of_a_model_is_refused_with_the_form(capsys: pytes
         (["--max-usd", "nan"], "--max-usd nan: it must be more than 0; leave it out for no limit"),
         (
             ["--proposers", "tune,foo"],
-            "options: search.proposers: 'foo' is not known; known here: tune, ablate, simplify, transfer, combine; "
+            "options: search.proposers: 'foo' is not known; known here: tune, additive, ablate, simplify, transfer, combine; "
             "chat needs --model, an agent needs --agent",
         ),
         (["--proposers", "chat"], "options: search.proposers: 'chat' is not known; known here: tune"),
@@ -304,7 +304,7 @@ def test_of_the_search_nothing_changes_but_who_is_asked(tmp_path: Path, key: str
         (["claude", "tune"], {"agents": {"codex": {}}}, "codex tune"),
         (["claude"], {"agents": {"codex": {}}, "models": [MODEL]}, "chat codex"),
         (["tune", "chat"], {"models": []}, "tune"),
-        (["chat"], {"models": []}, "claude tune ablate simplify transfer combine"),
+        (["chat"], {"models": []}, "claude tune additive ablate simplify transfer combine"),
         (None, {"search": {"proposers": ["tune"]}}, "tune"),
     ],
 )
