@@ -16,9 +16,9 @@ from raysearch.yields import Author, Worth, Yield
 
 GAIN_PLACES = 5  # of a gain an hour or a dollar
 SAID = {
-    Worth.PAYS: "pays for itself against tune",
-    Worth.DOES_NOT_PAY: "does not pay for itself against tune",
-    Worth.TOO_EARLY: "too early to say whether it pays for itself against tune",
+    Worth.PAYS: "pays for itself against tuning",
+    Worth.DOES_NOT_PAY: "does not pay for itself against tuning",
+    Worth.TOO_EARLY: "too early to say whether it pays for itself against tuning",
 }
 
 
@@ -58,7 +58,7 @@ class ProposerStatus(TypedDict):
 
 
 class WorthStatus(TypedDict):
-    """A model against `tune` on one profile, by gain per hour of a slot; `se` is of the difference.
+    """A model against `tune` and `additive` on one profile, by gain per hour of a slot; `se` is of the difference.
 
     `worth` is `pays`, `does_not_pay` or `too_early`; the rule is in `raysearch.yields.compare`.
     """

@@ -25,13 +25,12 @@ from raysearch.model import (
 )
 from raysearch.pace import Pace
 from raysearch.schedule import Slot
-from raysearch.study import CandidateState, Lane, Study, TrialState, baseline_id, candidate_number, screen_id
+from raysearch.study import MOVERS, CandidateState, Lane, Study, TrialState, baseline_id, candidate_number, screen_id
 
 MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
 BATCH_SHARE = 16  # a proposer is asked for at least one proposal for so many slots
-MOVERS = ("tune", "additive")  # proposers that move knobs: at the head of the line they share it
 TIDYING = ("ablate", "simplify")  # proposers that take back or take away
 TIDY_AFTER = 5  # steps of a ratchet from which they are asked
 SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots

@@ -45,6 +45,7 @@ from raysearch.model import (
 )
 from raysearch.yields import Author, Yield
 
+MOVERS = ("tune", "additive")  # proposers that move knobs: never out of ideas, at once and for nothing
 REFERENCE_SEEDS = 1_000  # the n-th reference run of a program has the seed 1000 + n
 SCREEN_SEEDS = 100_000  # and the n-th candidate's first run 100000 + n, so that no race repeats it
 HOPELESS = 0.02  # P(better) under which a first run is next to hopeless

@@ -13,12 +13,11 @@ from raysearch import yields
 from raysearch.health import SPEED
 from raysearch.judge import Noise
 from raysearch.model import Measurement, Outcome, Profile, Purpose, SessionStarted, Verdict
-from raysearch.study import CandidateState, Study, TrialState, screen_id
+from raysearch.study import MOVERS, CandidateState, Study, TrialState, screen_id
 from raysearch.yields import Author, Comparison, Yield
 
 START_PARTS = ("start", "import", "data", "build", "first_step")
 EVALUATION_PARTS = ("eval", "holdout")
-REFERENCE = "tune"  # the proposer that a model has to be worth its slots against: it costs nothing
 PER_DOUBLING_BPB = 0.04  # about, for twice the compute on a GPU (the design's figure, as in the simulator)
 
 
@@ -192,7 +191,7 @@ class ProposerTally:
 
 @dataclass(frozen=True)
 class ModelTally:
-    """A model against `tune`, on one profile."""
+    """A model against those that move knobs, on one profile."""
 
     profile: str
     author: str
@@ -443,7 +442,7 @@ def _busy(one: Yield) -> int:
 
 
 def models(study: Study) -> list[ModelTally]:
-    """How each model's ideas do against those of `tune`, by profile; on profiles that `tune` has no ideas for, nothing.
+    """How each model's ideas do against those that move knobs and cost nothing, by profile; without these, nothing.
 
     Gains on two profiles are no equal goods, and a profile's first hours give more than its last: what is compared is
     of one profile, and of the same days.
@@ -452,9 +451,9 @@ def models(study: Study) -> list[ModelTally]:
     for slug, lane in study.lanes.items():
         by_name: dict[str, list[Yield]] = {}
         for author, one in lane.yields.items():
-            if author.model or author.proposer == REFERENCE:
+            if author.model or author.proposer in MOVERS:
                 by_name.setdefault(author.name, []).append(one)
-        theirs = yields.total(by_name.pop(REFERENCE, ()))
+        theirs = yields.total(one for name in MOVERS for one in by_name.pop(name, ()))
         if theirs.proposals:
             for name, some in sorted(by_name.items()):
                 ours = yields.total(some)

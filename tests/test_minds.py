@@ -105,8 +105,8 @@ def test_what_is_no_short_form_of_a_model_is_refused_with_the_form(capsys: pytes
         (["--max-usd", "nan"], "--max-usd nan: it must be more than 0; leave it out for no limit"),
         (
             ["--proposers", "tune,foo"],
-            "options: search.proposers: 'foo' is not known; known here: tune, additive, ablate, simplify, transfer, combine; "
-            "chat needs --model, an agent needs --agent",
+            "options: search.proposers: 'foo' is not known; known here: tune, additive, ablate, simplify, transfer, "
+            "combine; chat needs --model, an agent needs --agent",
         ),
         (["--proposers", "chat"], "options: search.proposers: 'chat' is not known; known here: tune"),
         (

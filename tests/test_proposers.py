@@ -27,7 +27,6 @@ from raysearch.directions import Directions, Range, parse, refusal
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, Values, broken_rule, fingerprint, read_knobs, read_rules, rewrite
 from raysearch.model import Direction, Operator, Outcome
-from raysearch.plan import MOVERS
 from raysearch.proposers import Idea, Proposer, Request, Told, inbox, searchers, tune
 from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.additive import MODELLED_KNOBS, AdditiveProposer
@@ -38,6 +37,7 @@ from raysearch.proposers.simplify import SimplifyProposer
 from raysearch.proposers.transfer import TransferProposer
 from raysearch.proposers.tune import TuneProposer
 from raysearch.ratchet import Ratchet
+from raysearch.study import MOVERS
 
 MINIMIZE = Direction.MINIMIZE
 

@@ -314,13 +314,23 @@ def test_status_and_summary_show_what_was_paid_and_that_it_is_too_early_to_say()
     assert "25.0 s an answer" in text
     assert "  m draft: 1 proposal, 1 promising, 1 confirmed; gain" in text
     assert "spent on models: 1.00 USD" in text
-    said = "cpu: chat (m): too early to say whether it pays for itself against tune: "
+    said = "cpu: chat (m): too early to say whether it pays for itself against tuning: "
     assert said in text
     summary = part(report.summary_markdown(told.study, name="s", metric="val_bpb"), "## Proposers")
     assert "| chat |  | 3 | 1 | 1 | 50 % | 1 | 1 | 0." in summary
     assert "| – chat (m) | draft | 1 | 0 | 0 | 100 % | 1 | 1 | 0." in summary
     assert "Spent on models in all: 1.00 USD." in summary
     assert f"- {said}" in summary
+
+
+def test_models_are_compared_with_all_that_moves_knobs_together() -> None:
+    told = ready(proposers=("chat", "tune", "additive"))
+    paid(told)
+    other = told.candidate(proposer="additive")
+    told.run(f"{other}-screen", 2.0)
+    told.conclude()
+    (one,) = tally.models(told.study)
+    assert (one.ours.tried, one.theirs.tried) == (2, 2)
 
 
 def test_a_change_that_was_carried_is_one_try_and_all_of_its_runs_are_counted() -> None:
@@ -431,7 +441,7 @@ def test_the_verdict_on_a_model_is_one_sentence_of_its_profile() -> None:
     told.lane.yields[Author("tune", "", Operator.TUNE)] = ended(40, 6)
     found = report.status(told.study, name="s", metric="val_bpb", now=told.at, running=False)
     assert report.status_text(found).splitlines()[-1] == (
-        "cpu: chat (m): does not pay for itself against tune: 0.00000 confirmed gain a slot-hour against 0.06000, "
+        "cpu: chat (m): does not pay for itself against tuning: 0.00000 confirmed gain a slot-hour against 0.06000, "
         "difference ± 0.04653 (90 %); 12 and 40 ideas judged"
     )
 
