@@ -11,7 +11,6 @@ import re
 from raysearch.errors import UserError
 from raysearch.knobs import (
     ConstantLine,
-    Value,
     broken_rule,
     constant_lines,
     read_knobs,
@@ -96,8 +95,7 @@ def align_constants(base: str, candidate: str, onto: str, *, path: str) -> tuple
     """Merges the constants of a program by name, so that a textual merge has only the rest to do.
 
     Two changes of different constants in neighbouring lines are no conflict: each constant that all three texts have
-    on a line of its own gets its merged line in all three. Where both sides moved a knob the same way, the candidate
-    yields: it gets the value of what it is merged onto, unless nothing else is left of its change (docs/adr/0031).
+    on a line of its own gets its merged line in all three.
 
     Args:
         base: The program that both sides come from.
@@ -109,7 +107,7 @@ def align_constants(base: str, candidate: str, onto: str, *, path: str) -> tuple
         `base`, `candidate` and `onto` with equal values; unchanged when one of them is no valid Python.
 
     Raises:
-        Conflict: Both sides gave a constant different values, and the candidate does not yield.
+        Conflict: Both sides gave a constant different values.
     """
     texts = (base, candidate, onto)
     try:
@@ -117,9 +115,7 @@ def align_constants(base: str, candidate: str, onto: str, *, path: str) -> tuple
     except UserError:
         return texts
     lines = [source_lines(text) for text in texts]
-    knobs = _ordered_knobs(onto, path)
     clashes: list[str] = []
-    yielded: list[str] = []
     for name in (name for name in of_candidate if name in of_onto):
         ours, theirs = of_candidate[name], of_onto[name]
         origin = of_base.get(name)
@@ -127,44 +123,21 @@ def align_constants(base: str, candidate: str, onto: str, *, path: str) -> tuple
             if not same_value(ours.value, theirs.value):
                 clashes.append(f"{name} is new on both sides, {ours.text} in the candidate and {theirs.text}")
             continue
-        yields = name in knobs and _same_way(origin.value, ours.value, theirs.value)
-        merged = _merged_lines(origin, ours, theirs, yields=yields)
-        clash = f"{name} was {origin.text}, is {ours.text} in the candidate and {theirs.text}"
-        if yields:
-            yielded.append(clash)
+        merged = _merged_lines(origin, ours, theirs)
         if merged is None:
-            clashes.append(clash)
+            clashes.append(f"{name} was {origin.text}, is {ours.text} in the candidate and {theirs.text}")
             continue
         for side, constant, text in zip(lines, (origin, ours, theirs), merged, strict=True):
             end = side[constant.index].removeprefix(constant.head + constant.text + constant.tail)
             side[constant.index] = text + end
-    aligned = "".join(lines[0]), "".join(lines[1]), "".join(lines[2])
-    if yielded and not clashes and aligned[0] == aligned[1] and aligned[2] == onto:
-        clashes = yielded
     if clashes:
         raise Conflict(f"{path}: {'; '.join(f'{clash} in what it is merged onto' for clash in clashes)}")
-    return aligned
+    return "".join(lines[0]), "".join(lines[1]), "".join(lines[2])
 
 
-def _ordered_knobs(source: str, path: str) -> set[str]:
-    try:
-        return {name for name, knob in read_knobs(source, path=path).items() if knob.is_ordered}
-    except UserError:
-        return set()
-
-
-def _same_way(base: Value, ours: Value, theirs: Value) -> bool:
-    """Whether two numbers that differ lie on one side of a third."""
-    if isinstance(base, str) or isinstance(ours, str) or isinstance(theirs, str) or same_value(ours, theirs):
-        return False
-    return min(ours, theirs) > base or max(ours, theirs) < base
-
-
-def _merged_lines(
-    base: ConstantLine, ours: ConstantLine, theirs: ConstantLine, *, yields: bool
-) -> tuple[str, str, str] | None:
+def _merged_lines(base: ConstantLine, ours: ConstantLine, theirs: ConstantLine) -> tuple[str, str, str] | None:
     """The line of a constant for each of the three texts, or None when both sides changed its value."""
-    if yields or same_value(ours.value, base.value) or same_value(ours.value, theirs.value):
+    if same_value(ours.value, base.value) or same_value(ours.value, theirs.value):
         text = theirs.text
     elif same_value(theirs.value, base.value):
         text = ours.text

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysearch.errors import UserError
-from raysearch.knobs import Value, Values, read_knobs, rewrite
-from raysearch.patches import align_constants
+from raysearch.knobs import Value, read_knobs, rewrite
 from raysearch.ratchet import Conflict, Empty, GitError, Moved, PatchError, Ratchet, step_message, unified_diff
 
 BASE = '''"""A program."""
@@ -684,31 +683,6 @@ def test_a_change_that_is_there_already_is_empty(ratchet: Ratchet):
         merge(ratchet, candidate=changed, onto=changed)
     with pytest.raises(Empty, match="already"):
         merge(ratchet, candidate=rewrite(BASE, {"DEPTH": 4}), onto=changed)
-
-
-@pytest.mark.parametrize(("to", "there"), [(4, 2), (4, 6), (16, 12)])
-def test_a_knob_that_both_moved_the_same_way_has_the_value_of_what_is_merged_onto(
-    ratchet: Ratchet, to: int, there: int
-):
-    candidate = rewrite(BASE, {"DEPTH": to, "RATE": 0.1}).replace('"model"', '"gpt"')
-    onto = rewrite(BASE, {"DEPTH": there, "WIDTH": 96})
-    expected = rewrite(BASE, {"DEPTH": there, "WIDTH": 96, "RATE": 0.1}).replace('"model"', '"gpt"')
-    assert merge(ratchet, candidate=candidate, onto=onto) == expected
-    only_code = candidate.replace("RATE = 0.1 ", "RATE = 0.02")
-    assert '"gpt"' in merge(ratchet, candidate=only_code, onto=onto)
-
-
-@pytest.mark.parametrize("also", [{}, {"WIDTH": 96}])  # what the other side has as well is nothing more
-def test_a_candidate_does_not_yield_when_nothing_else_is_left_of_it(ratchet: Ratchet, also: Values):
-    with pytest.raises(Conflict, match="DEPTH was 8, is 4 in the candidate and 6 in what"):
-        merge(ratchet, candidate=rewrite(BASE, {"DEPTH": 4} | also), onto=rewrite(BASE, {"DEPTH": 6, "WIDTH": 96}))
-
-
-def test_a_constant_without_a_range_does_not_yield():
-    plain = BASE.replace("  # in [1, 24]: layers", "")
-    candidate, onto = (plain.replace("DEPTH = 8", f"DEPTH = {depth}") for depth in (4, 2))
-    with pytest.raises(Conflict, match="DEPTH was 8"):
-        align_constants(plain, rewrite(candidate, {"RATE": 0.1}), onto, path="train.py")
 
 
 F, G = (BASE.replace("1 - progress", f"{name}(progress)") for name in "fg")
