@@ -47,7 +47,7 @@ class Rules:
 
     screen_probability: float = 0.3
     frontier_probability: float = 0.8
-    keep_probability: float = 0.9
+    keep_probability: float = 0.95
     drop_probability: float = 0.25
     max_pairs: int = 5
     least_effect: float = 0.25

@@ -44,7 +44,7 @@ def test_defaults_are_written_out_and_read_back(tmp_path: Path):
         "noise_share": 0.05,
         "screen_probability": 0.3,
         "frontier_probability": 0.8,
-        "keep_probability": 0.9,
+        "keep_probability": 0.95,
         "drop_probability": 0.25,
         "max_pairs": 5,
         "least_effect": 0.25,
