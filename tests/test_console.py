@@ -230,7 +230,7 @@ def test_the_last_trials_show_verdict_delta_and_hypothesis_newest_first(study: S
         re.match(r"c\d{4} rtx3060-12gb\s+retest\s+1\.\d{4,5} -0\.00\d{2,3} ± 0\.00\d{2,3} DEPTH 8 → 6", line)
         for line in shown
     )
-    assert any(re.match(r"c\d{4} cpu\s+crashed\s+–\s+exit code 1: WEIGHT_DECAY", line) for line in shown)
+    assert any(re.match(r"c\d{4} cpu\s+crashed\s+–\s+exit code 1: TOTAL_BATCH_SIZE", line) for line in shown)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 140, 250])
