@@ -6,13 +6,12 @@ Thompson sampling: of those that are asked for together each follows another dra
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from raysearch.knobs import Values, read_knobs, skeleton
+from raysearch.knobs import skeleton
 from raysearch.model import Direction
 from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.knob_model import KnobModel, Moves
@@ -73,9 +72,7 @@ class AdditiveProposer(Proposer):
     def tell(self, told: Told) -> None:
         """Adds a run to what is known of the profile, whoever proposed it."""
         space = self._spaces.setdefault(told.profile, _Space())
-        values: Values = {name: knob.value for name, knob in read_knobs(told.files[self._path]).items()}
-        value = told.value if told.value is not None and math.isfinite(told.value) else None
-        run = Run(values, value, skeleton(told.files, self._path)[0])
+        run = Run.of(told, self._path, code=skeleton(told.files, self._path)[0])
         space.known.add(run)
         if space.model is not None:
             _learn(space.model, run)

@@ -5,6 +5,7 @@ Both proposers that move knobs pass what they find through it. It does not know 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from raysearch.knobs import (
 )
 from raysearch.model import Operator
 from raysearch.patches import unified_diff
-from raysearch.proposers import Idea, Request
+from raysearch.proposers import Idea, Request, Told
 from raysearch.proposers.reach import differs, place, reached
 
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
@@ -42,6 +43,12 @@ class Run(NamedTuple):
     values: Values
     value: float | None
     code: str = ""
+
+    @classmethod
+    def of(cls, told: Told, path: str, *, code: str = "") -> Run:
+        """The run that was told, by the knobs of one file; a number that is none is a failure."""
+        values: Values = {name: knob.value for name, knob in read_knobs(told.files[path]).items()}
+        return cls(values, told.value if told.value is not None and math.isfinite(told.value) else None, code)
 
 
 @dataclass

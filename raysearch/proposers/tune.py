@@ -104,8 +104,7 @@ class TuneProposer(Proposer):
     def tell(self, told: Told) -> None:
         """Adds a run to what the profile's searcher knows, whoever proposed it."""
         space = self._spaces.setdefault(told.profile, _Space())
-        values: Values = {name: knob.value for name, knob in read_knobs(told.files[self._path]).items()}
-        run = Run(values, told.value if told.value is not None and math.isfinite(told.value) else None)
+        run = Run.of(told, self._path)
         space.known.add(run)
         if not self._learns_all:
             print_ = fingerprint(told.files)
