@@ -175,12 +175,12 @@ class KnobModel:
         moves = [(name, value) for name, values in options.items() for value in values]
         if len(self) < LEAST or not moves:
             return None
-        fit = self._fitted()
+        fit, here = self._fitted(), self._row(champion)
         change = np.zeros((len(moves), len(fit.weights)))
         for row, (name, value) in zip(change, moves, strict=True):
-            features = self._features[name]
-            row[self._columns[name]] = features.at(champion.get(name)) - features.at(value)
-        unit = fit.scale * fit.steepness(self._row(champion))
+            columns = self._columns[name]
+            row[columns] = here[columns] - self._features[name].at(value)
+        unit = fit.scale * fit.steepness(here)
         mean, spread = unit * change @ fit.weights, unit * change @ fit.root
         return Moves([name for name, _ in moves], [value for _, value in moves], mean, spread)
 

@@ -182,18 +182,19 @@ def dealt(sieve: Sieve, suggested: Values, chance: random.Random) -> list[Values
     return found
 
 
-def anywhere(knobs: Mapping[str, Knob], chance: random.Random) -> Values:
-    """Any value for each knob."""
-    return {
+def wild(sieve: Sieve, chance: random.Random) -> Values | None:
+    """The champion with a few of its knobs moved anywhere within reach; None if all of them stay as they are."""
+    drawn = {
         name: chance.choice(knob.choices) if knob.choices else knob.nearest(knob.at(chance.random()))
-        for name, knob in knobs.items()
+        for name, knob in sieve.knobs.items()
     }
+    return next(iter(dealt(sieve, drawn, chance)), None)
 
 
 def near(sieve: Sieve, chance: random.Random) -> Values | None:
     """Values anywhere near the champion that pass; None if hardly any are left."""
-    drawn = (values for _ in range(RANDOM_DRAWS) for values in dealt(sieve, anywhere(sieve.knobs, chance), chance)[:1])
-    return next((values for values in drawn if sieve.passes(values)), None)
+    drawn = (wild(sieve, chance) for _ in range(RANDOM_DRAWS))
+    return next((values for values in drawn if values is not None and sieve.passes(values)), None)
 
 
 def _place(values: Values, knobs: Mapping[str, Knob]) -> list[float]:

@@ -21,7 +21,7 @@ from raysearch.knobs import Knob, Value, Values, fingerprint, read_knobs
 from raysearch.model import Direction
 from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.searchers import LEARN_ALL, METRIC, MODELLED_RUNS, check_searcher, make_searcher
-from raysearch.proposers.sieve import Known, Run, Sieve, anywhere, dealt, movable, near
+from raysearch.proposers.sieve import Known, Run, Sieve, dealt, movable, near, wild
 
 SUGGESTIONS = 30  # of the searcher, looked at for one proposal; then the neighbourhood is tried at random
 WILD = 0.3  # share of the proposals whose knobs move anywhere near, not towards a suggestion (docs/adr/0007)
@@ -127,8 +127,7 @@ class TuneProposer(Proposer):
                 values = left.pop(0)
                 # Runs that are asked for together follow one model: without these they would all go one way.
                 if self._searcher_name != "random" and self._random.random() < WILD:
-                    wild = dealt(sieve, anywhere(sieve.knobs, self._random), self._random)
-                    values = next(iter(wild), values)
+                    values = wild(sieve, self._random) or values
                 if sieve.passes(values):
                     return values
             trial, suggested = self._suggest(space)
