@@ -30,7 +30,9 @@ from raysearch.study import MOVERS, CandidateState, Lane, Study, TrialState, bas
 MOST_REFUSALS = 10  # in a row, after which the proposers are not asked again before something new is known
 ASIDE_TRIALS = 20.0  # durations of a trial for which a slot is set aside
 FEW = 8  # changes in line that can be started, under which others are carried before their turn comes
-BATCH_SHARE = 16  # a proposer is asked for at least one proposal for so many slots
+BATCH_SHARE = 32  # a proposer is asked for at least one proposal for so many slots
+LINE_SHARE = 8  # one proposal waits for so many slots, where proposers answer at once
+RUSH_SHARE = 0.05  # of a trial's duration: what the last slot may wait for its proposal if all trials end together
 TIDYING = ("ablate", "simplify")  # proposers that take back or take away
 TIDY_AFTER = 5  # steps of a ratchet from which they are asked
 SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots
@@ -372,9 +374,9 @@ def _stranded_race(study: Study, lane: Lane) -> tuple[str, ...]:
 
 
 def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, share: float) -> Iterator[Ask]:
-    """One proposal in line for every slot: trials of one budget end nearly together, and each finds its next.
+    """Proposals in line, so that each slot finds its next trial: as many as are needed, since what waits grows stale.
 
-    The first one that answers at once keeps the line that long, whoever has proposals in it; the two that move knobs
+    The first one that answers at once keeps the line filled, whoever has proposals in it; the two that move knobs
     do it together, half and half, for the bandit to choose between them (docs/adr/0030). Those that take their time
     are asked ahead (docs/adr/0022), for lines of their own: what others have in line does not hold them back.
 
@@ -396,12 +398,13 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
     leads = [name for name in quick if name in MOVERS] if quick and quick[0] in MOVERS else quick[:1]
     lines, side = Counter(lane.line.values()), -(-present // SIDE_SHARE)
     others = len(lane.line) - sum(lines[name] for name in leads)
+    wanted = idle + _line([paces[name] for name in leads], lane, present) - others
     left = _left(study, lane, asking)
     base: str | None = None
     for name in names:
         pace = paces[name]
         if name in quick:
-            target, have = -(-(idle + present - others) // len(leads)) if name in leads else side, lines[name]
+            target, have = -(-wanted // len(leads)) if name in leads else side, lines[name]
         else:
             target, slots = (idle + present, present) if name == lead else (side, side)
             target, have = target + _ahead(pace, lane, slots), lines[name] + pace.asked
@@ -413,6 +416,16 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
             left = None if left is None else left - count
             base = base or _commit_of(lane, study.head(lane))
             yield Ask(slug, name, count, base)
+
+
+def _line(leads: Sequence[Pace], lane: Lane, slots: int) -> int:
+    """How many proposals wait for slots where proposers answer at once: few, each made of what is known by then.
+
+    More where answers take so long that slots whose trials all end together would wait for them (docs/adr/0031).
+    """
+    proposal_s = max((pace.proposal_s for pace in leads), default=0.0)
+    in_time = RUSH_SHARE * lane.wall_s / proposal_s if lane.wall_s and proposal_s else slots
+    return max(-(-slots // LINE_SHARE), slots - int(min(in_time, slots)))
 
 
 def _count(pace: Pace, *, wanted: int, most: int | None, present: int, share: float) -> int:

@@ -69,6 +69,10 @@ def weighed(model: KnobModel, options: dict[str, list[Value]]) -> Moves:
     return moves
 
 
+def anything(moved: Values) -> bool:
+    return True
+
+
 OPTIONS: dict[str, list[Value]] = {
     "LR": [0.01, 0.03, 0.5],
     "DECAY": [0.1, 0.4, 0.5],
@@ -117,7 +121,7 @@ def test_what_it_does_not_know_is_within_what_it_says_that_it_does_not_know():
 def test_draws_have_the_mean_and_the_spread_of_the_posterior_and_differ():
     moves = weighed(told(20), {"LR": [0.01], "IDLE": [0.2]})
     rng = np.random.default_rng(0)
-    drawn = [moves.drawn(rng, 1) for _ in range(2000)]
+    drawn = [moves.drawn(rng, 1, anything) for _ in range(2000)]
     best = np.mean([next(iter(values)) == "LR" for values, _ in drawn])
     apart, spread = moves.mean[0] - moves.mean[1], moves.spread[0] - moves.spread[1]
     expected = 0.5 * (1 + math.erf(float(apart / np.sqrt(spread @ spread) / math.sqrt(2))))
@@ -128,10 +132,31 @@ def test_draws_have_the_mean_and_the_spread_of_the_posterior_and_differ():
 def test_a_draw_moves_each_knob_once_and_only_where_it_improves_but_for_the_first():
     moves = Moves(["A", "A", "B", "C"], [1, 2, 3, 4], np.array([1.0, 2.0, 0.5, -1.0]), np.zeros((4, 3)))
     rng = np.random.default_rng(0)
-    assert moves.drawn(rng, 8) == ({"A": 2, "B": 3}, 2.5)
-    assert moves.drawn(rng, 1) == ({"A": 2}, 2.0)
+    assert moves.drawn(rng, 8, anything) == ({"A": 2, "B": 3}, 2.5)
+    assert moves.drawn(rng, 1, anything) == ({"A": 2}, 2.0)
     worse = Moves(["C", "D"], [4, 5], np.array([-1.0, -2.0]), np.zeros((2, 3)))
-    assert worse.drawn(rng, 8) == ({"C": 4}, -1.0)
+    assert worse.drawn(rng, 8, anything) == ({"C": 4}, -1.0)
+
+
+def test_moves_that_cannot_be_run_are_passed_over_for_the_next_best_ones():
+    moves = Moves(["A", "A", "B", "C"], [1, 2, 3, 4], np.array([1.0, 2.0, 0.5, 0.4]), np.zeros((4, 3)))
+    rng = np.random.default_rng(0)
+
+    def fits(moved: Values) -> bool:
+        return moved.get("A") != 2 and not {"B", "C"} <= set(moved)
+
+    assert moves.drawn(rng, 8, fits) == ({"A": 1, "B": 3}, 1.5)
+    assert moves.sure(1.0, fits) == ({"A": 1, "B": 3}, 1.5)
+    assert moves.drawn(rng, 8, lambda moved: False) == ({}, 0.0)
+
+
+def test_sure_moves_are_all_those_that_improve_by_a_lower_bound():
+    spread = np.array([[0.3, 0.4], [3.0, 0.0], [0.0, 0.1], [0.0, 0.0]])  # standard deviations 0.5, 3, 0.1, 0
+    moves = Moves(["A", "A", "B", "C"], [1, 2, 3, 4], np.array([1.0, 2.0, 0.15, -1.0]), spread)
+    assert moves.sure(0.0, anything) == ({"A": 2, "B": 3}, 2.15)
+    assert moves.sure(1.0, anything) == ({"A": 1, "B": 3}, 1.15)
+    assert moves.sure(1.9, anything) == ({"A": 1}, 1.0)
+    assert moves.sure(2.5, anything) == ({}, 0.0)
 
 
 def test_other_code_has_an_offset_of_its_own():

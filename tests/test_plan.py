@@ -517,46 +517,53 @@ def test_what_never_came_to_its_first_run_is_not_counted_as_a_trial(refused: boo
 # ---- asking ----
 
 
-def test_as_many_are_asked_for_as_slots_are_free_and_one_in_line_for_every_slot():
+def test_as_many_are_asked_for_as_slots_are_free_and_one_in_line_for_every_eighth():
     told = ready(noise_share=0.0)
-    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
-    told.candidate()
-    assert told.commands()[-1] == Ask("cpu", "tune", 3, BASE)
-    told.start("c0001-screen")
     assert told.commands() == [Ask("cpu", "tune", 3, BASE)]
     told.candidate()
-    told.start("c0002-screen", slot="b")
-    assert told.commands() == [Ask("cpu", "tune", 2, BASE)]  # both may get free at once
+    assert told.commands()[-1] == Ask("cpu", "tune", 2, BASE)
+    told.start("c0001-screen")
+    assert told.commands() == [Ask("cpu", "tune", 2, BASE)]
     told.candidate()
+    told.start("c0002-screen", slot="b")
+    assert told.commands() == [Ask("cpu", "tune", 1, BASE)]
     told.candidate()
     assert told.commands() == []
 
 
+@pytest.mark.parametrize(("share", "line"), [(0.0, 2), (0.001, 2), (0.004, 4), (0.005, 6), (0.0125, 12), (0.06, 16)])
+def test_the_line_is_as_long_as_slots_would_wait_for_answers_if_all_trials_ended_together(share: float, line: int):
+    told = ready(slots=SIXTEEN, noise_share=0.0)
+    all_busy(told)
+    told.asking = {("cpu", "tune"): slow(share * TRIAL_S, parallel=1)}  # of a trial, for each proposal
+    assert counts(told) == {"tune": line}
+
+
 def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own():
     told = ready(slots=tuple(Slot(str(number), "cpu") for number in range(8)), proposers=("tune", "transfer"))
-    assert told.commands() == [Ask("cpu", "tune", 16, BASE), Ask("cpu", "transfer", 2, BASE)]
+    assert told.commands() == [Ask("cpu", "tune", 9, BASE), Ask("cpu", "transfer", 2, BASE)]
     told.candidate(proposer="transfer")
     told.candidate(proposer="transfer")
-    assert [(ask.proposer, ask.count) for ask in told.commands() if isinstance(ask, Ask)] == [("tune", 14)]
+    assert [(ask.proposer, ask.count) for ask in told.commands() if isinstance(ask, Ask)] == [("tune", 7)]
 
 
 def test_those_who_move_knobs_share_the_line_half_and_half():
     told = ready(slots=SIXTEEN, proposers=("additive", "tune", "transfer"), noise_share=0.0)
-    assert counts(told) == {"additive": 16, "tune": 16, "transfer": 4}
-    all_busy(told)
-    for proposer in ("additive", "additive", "transfer", "transfer"):
-        told.candidate(proposer=proposer)
-    assert counts(told) == {"additive": 5, "tune": 7, "transfer": 2}  # of what is left for both
+    assert counts(told) == {"additive": 9, "tune": 9, "transfer": 4}
+    told.candidate(proposer="additive")
+    told.candidate(proposer="transfer")
+    told.candidate(proposer="transfer")
+    assert counts(told) == {"additive": 7, "tune": 8, "transfer": 2}  # of what is left for both
     told.asking = {("cpu", "tune"): Pace(rests=True, is_out=True)}
-    assert counts(told) == {"additive": 12, "transfer": 2}
+    assert counts(told) == {"additive": 15, "transfer": 2}
     told = ready(slots=(Slot("a", "cpu"),), proposers=("tune", "additive"), noise_share=0.0)
     all_busy(told)
     assert counts(told) == {"tune": 1, "additive": 1}  # one of each: there is a choice
     told = ready(slots=SIXTEEN, proposers=("mind", "tune", "additive"))
     told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
-    assert counts(told) == {"tune": 16, "additive": 16}
+    assert counts(told) == {"tune": 9, "additive": 9}
     told = ready(slots=SIXTEEN, proposers=("combine", "tune", "additive"))
-    assert counts(told) == {"combine": 32, "tune": 4, "additive": 4}  # they are not at its head
+    assert counts(told) == {"combine": 18, "tune": 4, "additive": 4}  # they are not at its head
 
 
 def test_nobody_is_asked_again_while_their_answer_is_due_and_others_are():
@@ -572,7 +579,7 @@ def test_a_profile_without_slots_is_not_asked_for():
     told.begin(CPU, GPU)
     told.baselines("cpu")
     told.baselines(GPU.slug)
-    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+    assert told.commands() == [Ask("cpu", "tune", 3, BASE)]
 
 
 def test_the_limit_of_trials_is_one_of_each_profile_and_refusals_do_not_count():
@@ -630,7 +637,7 @@ def test_a_slow_proposer_is_asked_for_a_line_and_for_what_the_slots_take_meanwhi
 def test_a_slow_proposer_is_asked_for_no_more_at_once_than_it_works_on():
     told = ready(slots=SIXTEEN, proposers=MIND)
     told.asking = {("cpu", "mind"): slow(TRIAL_S, parallel=8)}
-    assert counts(told) == {"mind": 8, "tune": 32}
+    assert counts(told) == {"mind": 8, "tune": 18}
     told.asking = {("cpu", "mind"): slow(TRIAL_S, parallel=8, asked=5)}
     assert counts(told)["mind"] == 3
     told.asking = {("cpu", "mind"): replace(slow(TRIAL_S, parallel=8), places=1)}
@@ -648,10 +655,10 @@ def test_profiles_share_what_a_slow_proposer_works_on_by_their_slots():
 def test_a_quick_proposer_fills_the_line_while_a_slow_one_in_front_thinks_and_starves_nobody():
     told = ready(slots=SIXTEEN, proposers=MIND, noise_share=0.0)
     told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
-    assert counts(told) == {"tune": 32}
+    assert counts(told) == {"tune": 18}
     all_busy(told)
-    for _ in range(16):
-        told.candidate()
+    told.candidate()
+    told.candidate()
     told.asking = {("cpu", "mind"): slow(TRIAL_S)}
     assert counts(told) == {"mind": 32}  # the line is full, but not of its own
     told.asking = {("cpu", "mind"): slow(TRIAL_S, asked=32)}
@@ -661,15 +668,15 @@ def test_a_quick_proposer_fills_the_line_while_a_slow_one_in_front_thinks_and_st
 def test_a_slow_proposer_beside_others_is_asked_for_its_share():
     told = ready(slots=SIXTEEN, proposers=("tune", "mind"))
     told.asking = {("cpu", "mind"): slow(TRIAL_S)}
-    assert counts(told) == {"tune": 32, "mind": 8}
+    assert counts(told) == {"tune": 18, "mind": 8}
 
 
 def test_who_answers_one_by_one_and_late_is_slow_as_well():
     told = ready(slots=SIXTEEN, proposers=("local", "tune"))
     told.asking = {("cpu", "local"): slow(TRIAL_S / 4, parallel=1)}
-    assert counts(told) == {"local": 36, "tune": 32}
+    assert counts(told) == {"local": 36, "tune": 18}
     told.asking = {("cpu", "local"): slow(TRIAL_S / 4, parallel=1, asked=1)}
-    assert counts(told) == {"tune": 32}
+    assert counts(told) == {"tune": 18}
     told.asking = {("cpu", "local"): slow(TRIAL_S / 99, parallel=1, asked=1)}
     assert counts(told) == {"tune": 4}  # the first one keeps the line
 
@@ -677,18 +684,18 @@ def test_who_answers_one_by_one_and_late_is_slow_as_well():
 def test_who_is_asked_one_by_one_is_asked_for_one_however_many_are_wanted():
     told = ready(slots=SIXTEEN, proposers=("local", "tune"))
     told.asking = {("cpu", "local"): slow(TRIAL_S, parallel=1, one_by_one=True)}
-    assert counts(told) == {"local": 1, "tune": 32}
+    assert counts(told) == {"local": 1, "tune": 18}
     told.asking = {("cpu", "local"): slow(TRIAL_S, parallel=1, asked=1, one_by_one=True)}
-    assert counts(told) == {"tune": 32}
+    assert counts(told) == {"tune": 18}
 
 
 @pytest.mark.parametrize("failing", [{"trouble": "no connection"}, {"is_out": True}])
 def test_when_the_first_proposer_rests_others_take_its_place(failing: dict[str, Any]):
     told = ready(slots=SIXTEEN, proposers=("tune", "mind", "transfer"))
     told.asking = {("cpu", "tune"): Pace(rests=True, **failing), ("cpu", "mind"): slow()}
-    assert counts(told) == {"mind": 32, "transfer": 32}
+    assert counts(told) == {"mind": 32, "transfer": 18}
     told.asking = {("cpu", "tune"): Pace(rests=True), ("cpu", "mind"): slow()}
-    assert counts(told) == {"mind": 4, "transfer": 32}  # a pause of a moment is no matter for a slow one
+    assert counts(told) == {"mind": 4, "transfer": 18}  # a pause of a moment is no matter for a slow one
 
 
 def test_what_is_left_of_a_limit_goes_to_slow_proposers_in_part_while_slots_need_work():
@@ -730,13 +737,13 @@ def test_after_ten_refusals_in_a_row_nobody_is_asked_until_something_new_is_know
     assert told.commands() == []  # a run is in flight: it may teach the proposer
     told.end(f"{waiting}-screen", 2.0)
     told.conclude()
-    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+    assert told.commands() == [Ask("cpu", "tune", 3, BASE)]
     for _ in range(MOST_REFUSALS):
         told.add(Refused(told.propose(), "the patch is empty"))
     (command,) = told.commands()
     assert command == Finish("the last 10 proposals for cpu were all refused; the last one: the patch is empty")
     told.add(SessionStarted("host", 2, "0"))
-    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+    assert told.commands() == [Ask("cpu", "tune", 3, BASE)]
 
 
 # ---- the human's directions ----
@@ -752,7 +759,7 @@ def test_other_directions_are_something_new_for_proposers_whose_ideas_were_refus
         told.add(Refused(told.propose(), "the patch is empty"))
     assert isinstance(told.commands()[0], Finish)
     direct(told, "frozen = ['LR']")
-    assert told.commands() == [Ask("cpu", "tune", 4, BASE)]
+    assert told.commands() == [Ask("cpu", "tune", 3, BASE)]
 
 
 def test_the_smaller_of_both_limits_holds_and_the_directions_may_change():
@@ -769,7 +776,7 @@ def test_the_smaller_of_both_limits_holds_and_the_directions_may_change():
 def test_who_is_called_by_a_forbidden_operator_is_not_asked_and_the_next_has_most_of_the_line():
     told = ready(proposers=("tune", "additive", "combine", "transfer"))
     direct(told, "forbidden = ['tune']")
-    assert told.commands() == [Ask("cpu", "combine", 4, BASE), Ask("cpu", "transfer", 1, BASE)]
+    assert told.commands() == [Ask("cpu", "combine", 3, BASE), Ask("cpu", "transfer", 1, BASE)]
     direct(told, "forbidden = ['tune', 'combine', 'transfer']")
     silent = {("cpu", name): Pace(is_out=True) for name in told.study.settings.proposers}
     assert out_of_ideas(told.study, ["cpu"], silent)

@@ -1,17 +1,19 @@
-"""Moves the knobs that help most by one draw of what each of them does, from a model that learns from every run.
+"""Moves the knobs that help most by what each of them does, from a model that learns from every run.
 
-Thompson sampling: of those that are asked for together each follows another draw. What the model is stands in
-`knob_model`; docs/adr/0029 and 0030 say what it is worth.
+Thompson sampling: of those that are asked for together each follows another draw of the model. A quarter of them moves
+at once all that the model is sure of. What the model is stands in `knob_model`; docs/adr/0029 to 0031 say what it is
+worth.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from raysearch.knobs import skeleton
+from raysearch.knobs import Values, skeleton
 from raysearch.model import Direction
 from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.knob_model import KnobModel, Moves
@@ -19,6 +21,8 @@ from raysearch.proposers.reach import within_reach
 from raysearch.proposers.sieve import MOVED_KNOBS, Found, Known, Run, Sieve, movable, near
 
 MODELLED_KNOBS = (1, 2, 4, 8)  # how many knobs one proposal moves, once there is a run or more for each of them
+SURE_SHARE = 0.25  # of the proposals, that move at once all knobs of which the model is sure (docs/adr/0031)
+CAUTIONS = (0.5, 1.0)  # posterior standard deviations that such a move may disappoint by and still help
 DRAWS = 30  # of the model, looked at for one proposal; then the neighbourhood is tried at random
 
 
@@ -78,16 +82,25 @@ class AdditiveProposer(Proposer):
             _learn(space.model, run)
 
     def _found(self, sieve: Sieve, moves: Moves | None, counts: tuple[int, ...], *, sign: float) -> Found | None:
-        """The best moves by one draw; anything near the champion as long as too little is known."""
-        if moves is not None:
-            rng = np.random.default_rng(self._random.getrandbits(64))
-            for _ in range(DRAWS):
-                moved, expected = moves.drawn(rng, self._random.choice(counts))
-                values = sieve.champion | moved
-                if sieve.passes(values):
-                    return values, -sign * expected
+        """What the model thinks best and passes; anything near the champion as long as too little is known."""
+        for moved, expected in self._wanted(sieve, moves, counts) if moves is not None else ():
+            values = sieve.champion | moved
+            if sieve.passes(values):
+                return values, -sign * expected
         values = near(sieve, self._random)
         return None if values is None else (values, None)
+
+    def _wanted(self, sieve: Sieve, moves: Moves, counts: tuple[int, ...]) -> Iterator[tuple[Values, float]]:
+        """New values, and what they are expected to improve: now and then what is sure first, then draws."""
+
+        def fits(moved: Values) -> bool:
+            return sieve.fits(sieve.champion | moved)
+
+        if self._random.random() < SURE_SHARE:
+            yield moves.sure(self._random.choice(CAUTIONS), fits)
+        rng = np.random.default_rng(self._random.getrandbits(64))
+        for _ in range(DRAWS):
+            yield moves.drawn(rng, self._random.choice(counts), fits)
 
 
 def _learn(model: KnobModel, run: Run) -> None:

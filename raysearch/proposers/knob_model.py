@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from raysearch.knobs import Knob, Value, Values
 from raysearch.proposers.reach import place
 
 Array = NDArray[Any]  # of floats
+Fits = Callable[[Values], bool]
 
 SCALES = ((1.0, 4), (0.3, 7))  # length of each kernel, in ranges of a knob, and how many features stand for it
 GRID = np.linspace(0.0, 1.0, 25)  # places between which the features interpolate
@@ -96,22 +97,43 @@ class Moves:
     mean: Array
     spread: Array
 
-    def drawn(self, rng: np.random.Generator, count: int) -> tuple[dict[str, Value], float]:
+    def sure(self, caution: float, fits: Fits) -> tuple[Values, float]:
+        """All knobs that some move of improves even by a lower confidence bound, each by its best move that fits.
+
+        Args:
+            caution: How many posterior standard deviations the bound lies below the mean.
+            fits: See `drawn`.
+
+        Returns:
+            As from `drawn`; no values where no move is that sure.
+        """
+        return self._best(self.mean - caution * np.sqrt((self.spread**2).sum(axis=1)), len(self.names), fits)
+
+    def drawn(self, rng: np.random.Generator, count: int, fits: Fits) -> tuple[Values, float]:
         """The best move of each of up to `count` knobs by one draw of the functions, the best knobs first.
+
+        Args:
+            rng: What is drawn by.
+            count: Most knobs that are moved.
+            fits: Whether a program with these new values can be run. A move that fits with none of the better ones
+                is passed over: what would be best and cannot be had must not stand in the way of all else.
 
         Returns:
             New values, and the posterior mean of what they improve together. Knobs that no move of improves by
             this draw are left out, but for the first.
         """
         gains = self.mean + self.spread @ cast("Array", rng.standard_normal(self.spread.shape[1]))
-        moved: dict[str, Value] = {}
+        return self._best(gains, count, fits, least=1)
+
+    def _best(self, gains: Array, count: int, fits: Fits, *, least: int = 0) -> tuple[Values, float]:
+        moved: Values = {}
         expected = 0.0
         order: list[int] = np.argsort(-gains).tolist()
         for move in order:
             name = self.names[move]
-            if len(moved) == count or (moved and gains[move] <= 0):
+            if len(moved) == count or (len(moved) >= least and gains[move] <= 0):
                 break
-            if name not in moved:
+            if name not in moved and fits(moved | {name: self.values[move]}):
                 moved[name] = self.values[move]
                 expected += float(self.mean[move])
         return moved, expected

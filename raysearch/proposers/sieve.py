@@ -114,13 +114,17 @@ class Sieve:
             known.base, known.prints = request.base, {}
         self._prints = known.prints
 
+    def fits(self, values: Values) -> bool:
+        """Whether it keeps the rules and is likely to run."""
+        return self._holds(self._rules, values) and self._runs.likely(values)
+
     def passes(self, values: Values) -> bool:
         """Whether it is new here, keeps the rules, is likely to run, and was not run."""
         key = tuple(values.values())
         if key in self._seen:
             return False
         self._seen.add(key)
-        if not self._holds(self._rules, values) or not self._runs.likely(values):
+        if not self.fits(values):
             return False
         print_ = self.print_of(values)
         fresh = print_ not in self._known
