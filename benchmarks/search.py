@@ -1,8 +1,8 @@
 """How much each way of searching gains in equal GPU-hours, on a surrogate that knows the truth. It trains nothing.
 
 `python benchmarks/search.py` prints a table for each regime (how far the search has come when it starts): true gain,
-false wins and idle share, with confidence intervals over seeds. `--scaling` compares numbers of slots, `--transfer` two
-profiles with and without transfer.
+false wins and idle share, with confidence intervals over seeds. `--scaling` compares numbers of slots with sequential
+greedy search on one, `--transfer` two profiles with and without transfer.
 """
 
 from __future__ import annotations
@@ -274,36 +274,44 @@ def compare(arms: Iterable[str], regimes: Iterable[Regime], arguments: argparse.
             )
 
 
-def scaled(job: tuple[int, int, float, float, tuple[str, ...]]) -> float:
-    """Hours in which so many slots reach a true gain; the whole time if they do not."""
-    slots, seed, hours, target, movers = job
+def searched(job: tuple[int, int, float, str, tuple[str, ...]]) -> Ratcheted:
+    """What so many slots reach early, by one of the judge's rules."""
+    slots, seed, hours, rule, movers = job
     card = h100()
-    (lane,) = simulate(
-        fleet(card, slots),
-        proposers=made(movers, seed),
-        hours=hours,
-        seed=seed,
-        start=starts(card, Regime.EARLY),
-    ).profiles.values()
-    reached = next((move.at_s / 3600 for move in lane.moves if lane.start - move.after >= target), math.inf)
-    return reached if target < math.inf else lane.gain
+    start, options = starts(card, Regime.EARLY), {"judge": {"rule": rule}}
+    found = simulate(
+        fleet(card, slots), proposers=made(movers, seed), hours=hours, seed=seed, start=start, options=options
+    )
+    (lane,) = found.profiles.values()
+    return lane
 
 
 def scaling(arguments: argparse.Namespace) -> None:
-    """Prints in how many hours more slots reach what one slot reaches, in the median over seeds."""
+    """Prints in how many hours slots reach what sequential greedy search does on one, in the median over seeds."""
     seeds, movers, hours = range(arguments.seeds), tuple(arguments.movers), arguments.hours
     pool = POOL.map if POOL else map
-    gains = list(pool(scaled, [(1, seed, hours, math.inf, movers) for seed in seeds]))
+    gains = [lane.gain for lane in pool(searched, [(1, seed, hours, "greedy", movers) for seed in seeds])]
     target = statistics.median(gains)
-    print(f"\n1 slot in {hours:g} h: true gain {1000 * target:.2f} milli-bpb (median of {arguments.seeds} seeds)")
+    mean, half = mean_ci([1000 * gain for gain in gains])
+    print(
+        f"\nsequential greedy, {hours:g} h: true gain {1000 * target:.2f} milli-bpb (median; {mean:.2f} ± {half:.2f})"
+    )
     for slots in arguments.scaling:
-        took = list(pool(scaled, [(slots, seed, 4 * hours / slots, target, movers) for seed in seeds]))
-        median = statistics.median(took)
+        lanes = list(pool(searched, [(slots, seed, 2 * hours / slots, "race", movers) for seed in seeds]))
+        took = [
+            next((move.at_s for move in lane.moves if lane.start - move.after >= target), math.inf) for lane in lanes
+        ]
+        median_h = statistics.median(took) / 3600
+        print(f"{slots:>3} slots: {median_h:.2f} h, efficiency {hours / slots / median_h:.2f}", end="")
         print(
-            f"{slots:>3} slots: {median:.2f} h, efficiency {hours / slots / median:.2f}"
-            f" ({sum(one == math.inf for one in took)} of {len(took)} did not reach it)",
-            flush=True,
+            f" ({sum(one == math.inf for one in took)} of {len(took)} not in {2 * hours / slots:.2f} h); gain after",
+            end="",
         )
+        for efficiency in (1.0, 0.88, 0.7):
+            by = hours / slots / efficiency
+            mean, half = mean_ci([1000 * (lane.start - lane.champion(3600 * by)) for lane in lanes])
+            print(f" {by:.2f} h {mean:.2f} ± {half:.2f}", end="")
+        print(flush=True)
 
 
 def transferred(job: tuple[float, bool, int, float, tuple[str, ...]]) -> Ratcheted:
