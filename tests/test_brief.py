@@ -70,7 +70,7 @@ def test_value_noise_and_lineage_are_those_of_the_report(study: Study):
     assert [(win.candidate, win.delta, win.delta_se, win.pairs) for win in found.wins] == [
         (state.id, state.delta, state.delta_se, state.pairs) for state in at.steps
     ]
-    assert len(found.wins) == 3
+    assert len(found.wins) == 5
 
 
 def test_tries_and_failures_are_the_discarded_candidates_that_ran(study: Study):
