@@ -19,7 +19,7 @@ from raysearch.proposers.ablate import AblateProposer
 from raysearch.proposers.combine import CombineProposer
 from raysearch.proposers.moves import carry, middle, parts, travelled
 from raysearch.proposers.simplify import SimplifyProposer, find_cuts
-from raysearch.proposers.transfer import TransferProposer, by_promise
+from raysearch.proposers.transfer import TransferProposer, by_promise, halved
 from raysearch.ratchet import Ratchet
 
 PROGRAM = '''\
@@ -420,13 +420,20 @@ def test_parts_of_a_step_come_after_the_whole_was_tried(tmp_path: Path):
     later = programs(
         TransferProposer(), request(PROGRAM, elsewhere=(step(PROGRAM, after),), sources={"transfer s1"}), tmp_path
     )
-    assert set(later.values()) == {
+    assert list(later.values()) == [
         rewrite(PROGRAM, {"LR": 0.03}),
+        rewrite(PROGRAM, {"DEPTH": 7}).replace("return fifth", "return -fifth"),
         rewrite(PROGRAM, {"DEPTH": 7}),
         PROGRAM.replace("return fifth", "return -fifth"),
-    }
+    ]
     assert {idea.source for idea in proposer.ask(asked)} == set(later)
     assert proposer.ask(asked) == []
+
+
+def test_a_large_step_is_tried_by_halves_before_single_changes():
+    assert ["".join(some) for some in halved("abcde")] == ["ab", "cde", "a", "b", "c", "de", "d", "e"]
+    assert list(halved("a")) == []
+    assert list(halved("")) == []
 
 
 def test_parts_come_at_once_where_the_whole_cannot_be_made(tmp_path: Path):

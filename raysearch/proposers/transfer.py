@@ -6,14 +6,20 @@ Knobs travel as a ratio or a difference, other lines as they are; what does not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from raysearch.model import Direction, Operator
 from raysearch.proposers import Idea, Proposer, Request, Step, Told
 from raysearch.proposers.moves import Attempt, Change, Part, Sieve, carry, described, parts, travelled
 
+T = TypeVar("T")
+
 
 class TransferProposer(Proposer):
-    """Proposes steps of other ratchets, new ones and large gains first; their parts once the whole was tried."""
+    """Proposes steps of other ratchets, new ones and large gains first; once the whole was tried its halves and theirs.
+
+    One knob of many that is wrong here spoils a whole step, and of single knobs each takes a run.
+    """
 
     name = "transfer"
 
@@ -34,13 +40,9 @@ class TransferProposer(Proposer):
         for step in steps:
             yield Attempt(_source(step), lambda step=step: _carried(step, step.after, request.files))
         for step in tried:  # the whole comes first
-            changes = self._parts_of(step)
-            for part in changes if len(changes) > 1 else []:
-                after = {**step.before, part.path: part.text}
-                yield Attempt(
-                    f"{_source(step)} {part.key}",
-                    lambda step=step, part=part, after=after: _carried(step, after, request.files, part=part),
-                )
+            for some in halved(self._parts_of(step)):
+                made = lambda step=step, some=some: _carried_parts(step, some, request.files)  # noqa: E731
+                yield Attempt(f"{_source(step)} {' + '.join(part.key for part in some)}", made)
 
     def _parts_of(self, step: Step) -> list[Part]:
         if step.candidate not in self._parts:
@@ -61,14 +63,37 @@ def _source(step: Step) -> str:
     return f"transfer {step.candidate}"
 
 
-def _carried(
-    step: Step, after: Mapping[str, str], files: Mapping[str, str], *, part: Part | None = None
-) -> Change | None:
+def halved(changes: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Both halves of what there is, then theirs, and so on down to the single ones."""
+    level = [changes]
+    while level := [
+        half for some in level if len(some) > 1 for half in (some[: len(some) // 2], some[len(some) // 2 :])
+    ]:
+        yield from level
+
+
+def _carried(step: Step, after: Mapping[str, str], files: Mapping[str, str]) -> Change | None:
     changed = carry(step.before, after, files, travelled)
-    if not changed:
-        return None
+    return _change(step, changed, files, step.delta) if changed else None
+
+
+def _carried_parts(step: Step, some: Sequence[Part], files: Mapping[str, str]) -> Change | None:
+    """Those of a step's parts, one upon the other; None if one of them cannot be made, or none changes anything."""
+    made = dict(files)
+    for part in some:
+        changed = carry(step.before, {**step.before, part.path: part.text}, made, travelled)
+        if changed is None:
+            return None
+        made |= changed
+    changed = {path: text for path, text in made.items() if text != files.get(path)}
+    what = ", ".join(part.title for part in some)
+    return _change(step, changed, files, None, what=what) if changed else None
+
+
+def _change(
+    step: Step, changed: Mapping[str, str], files: Mapping[str, str], delta: float | None, *, what: str = ""
+) -> Change:
     moves = described(files, changed)
-    what = f", of it {part.title}" if part is not None else ""
+    of_it = f", of it {what}" if what else ""
     here = f" (here {moves})" if moves else ""
-    delta = step.delta if part is None else None
-    return Change(changed, f"Won on {step.profile}: {step.hypothesis}{what}{here}", predicted_delta=delta)
+    return Change(changed, f"Won on {step.profile}: {step.hypothesis}{of_it}{here}", predicted_delta=delta)
