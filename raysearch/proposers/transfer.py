@@ -41,8 +41,10 @@ class TransferProposer(Proposer):
             yield Attempt(_source(step), lambda step=step: _carried(step, step.after, request.files))
         for step in tried:  # the whole comes first
             for some in halved(self._parts_of(step)):
-                made = lambda step=step, some=some: _carried_parts(step, some, request.files)  # noqa: E731
-                yield Attempt(f"{_source(step)} {' + '.join(part.key for part in some)}", made)
+                yield Attempt(
+                    f"{_source(step)} {' + '.join(part.key for part in some)}",
+                    lambda step=step, some=some: _carried_parts(step, some, request.files),
+                )
 
     def _parts_of(self, step: Step) -> list[Part]:
         if step.candidate not in self._parts:
