@@ -28,7 +28,7 @@ from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.additive import AdditiveProposer
 from raysearch.proposers.transfer import TransferProposer
 from raysearch.proposers.tune import TuneProposer
-from raysearch.simulate import Ratcheted, fleet, simulate
+from raysearch.simulate import Ratcheted, Simulated, fleet, simulate
 
 ARMS = ("sequential greedy", "parallel greedy", "always 3 seeds", "random", "TPE alone", "ours, 1 slot", "ours")
 FAILED_SHARE = 0.2  # of a trial's seconds that a failed one takes
@@ -95,25 +95,40 @@ class Task:
 
     def run(self) -> Found:
         """Searches until the GPU-hours are spent."""
-        world = WORLDS[self.world]
-        card = world.card
-        start = starts(card, self.regime)
-        slots = 1 if self.arm in ("sequential greedy", "ours, 1 slot") else self.slots
-        hours = self.gpu_h / slots
         if self.arm in ("random", "TPE alone", "always 3 seeds"):
-            return Classic(world, start, slots, hours, self.seed, self.movers, self.arm).run()
-        rule = "greedy" if "greedy" in self.arm else "race"
-        found = simulate(
-            fleet(card, slots),
+            world = WORLDS[self.world]
+            start = starts(world.card, self.regime)
+            return Classic(world, start, self.slots, self.hours, self.seed, self.movers, self.arm).run()
+        found = self.simulated()
+        (lane,) = found.profiles.values()
+        return Found(lane.gain, len(lane.moves), lane.false_keeps, self.hours, found.idle)
+
+    @property
+    def hours(self) -> float:
+        """That the arm's slots have."""
+        return self.gpu_h / self._slots
+
+    @property
+    def _slots(self) -> int:
+        return 1 if self.arm in ("sequential greedy", "ours, 1 slot") else self.slots
+
+    def simulated(self) -> Simulated:
+        """The study of an arm that has a coordinator."""
+        world = WORLDS[self.world]
+        return simulate(
+            fleet(world.card, self._slots),
             proposers=made(self.movers, self.seed),
-            hours=hours,
+            hours=self.hours,
             seed=self.seed,
-            start=start,
-            options={"judge": {"rule": rule}},
+            start=starts(world.card, self.regime),
+            options={"judge": {"rule": "greedy" if "greedy" in self.arm else "race"}},
             faults=world.faults,
         )
-        (lane,) = found.profiles.values()
-        return Found(lane.gain, len(lane.moves), lane.false_keeps, hours, found.idle)
+
+    def lane(self) -> Ratcheted:
+        """What came of that study's one profile."""
+        (lane,) = self.simulated().profiles.values()
+        return lane
 
 
 # ---- arms without a coordinator, on the same programs, noise and durations ----
@@ -274,30 +289,20 @@ def compare(arms: Iterable[str], regimes: Iterable[Regime], arguments: argparse.
             )
 
 
-def searched(job: tuple[int, int, float, str, tuple[str, ...]]) -> Ratcheted:
-    """What so many slots reach early, by one of the judge's rules."""
-    slots, seed, hours, rule, movers = job
-    card = h100()
-    start, options = starts(card, Regime.EARLY), {"judge": {"rule": rule}}
-    found = simulate(
-        fleet(card, slots), proposers=made(movers, seed), hours=hours, seed=seed, start=start, options=options
-    )
-    (lane,) = found.profiles.values()
-    return lane
-
-
 def scaling(arguments: argparse.Namespace) -> None:
     """Prints in how many hours slots reach what sequential greedy search does on one, in the median over seeds."""
     seeds, movers, hours = range(arguments.seeds), tuple(arguments.movers), arguments.hours
     pool = POOL.map if POOL else map
-    gains = [lane.gain for lane in pool(searched, [(1, seed, hours, "greedy", movers) for seed in seeds])]
+    greedy = [Task("sequential greedy", Regime.EARLY, seed, 1, hours, movers) for seed in seeds]
+    gains = [lane.gain for lane in pool(Task.lane, greedy)]
     target = statistics.median(gains)
     mean, half = mean_ci([1000 * gain for gain in gains])
     print(
         f"\nsequential greedy, {hours:g} h: true gain {1000 * target:.2f} milli-bpb (median; {mean:.2f} ± {half:.2f})"
     )
     for slots in arguments.scaling:
-        lanes = list(pool(searched, [(slots, seed, 2 * hours / slots, "race", movers) for seed in seeds]))
+        ours = [Task("ours", Regime.EARLY, seed, slots, 2 * hours, movers) for seed in seeds]
+        lanes = list(pool(Task.lane, ours))
         took = [
             next((move.at_s for move in lane.moves if lane.start - move.after >= target), math.inf) for lane in lanes
         ]

@@ -150,7 +150,7 @@ def test_a_text_never_takes_more_tokens_than_it_may_or_says_how_many_it_needs(st
     assert context(request, tokens) == text
 
 
-@pytest.mark.parametrize("tokens", [10_500, 12_500, 16_000, 20_000, 24_000, 32_000, 32_768])
+@pytest.mark.parametrize("tokens", [10_500, 12_500, 16_000, 20_000, 24_000, 31_500, 32_000, 32_768])
 def test_the_bundled_program_fits_into_contexts_of_all_usual_sizes(study: Study, tokens: int):
     text = context(request_of(study, source=TRAIN), tokens)
     assert estimate(text) <= tokens
