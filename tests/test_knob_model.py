@@ -218,28 +218,32 @@ def test_it_keeps_the_latest_runs_alone(monkeypatch: pytest.MonkeyPatch):
     assert len(told(100)) == 30
 
 
-def log_posterior(model: KnobModel) -> float:
+def log_posterior(model: KnobModel, data: knob_model._Data) -> float:
     """Of the variances, up to a constant, from the covariance of all runs, which the model never makes."""
-    data = knob_model._Data(model._runs)
     covariance = (data.rows * model._prior(data)) @ data.rows.T + np.diag(model._posterior(data).around)
     _, determinant = np.linalg.slogdet(covariance)
     found = -0.5 * (determinant + data.values @ np.linalg.solve(covariance, data.values))
-    priors = [(knob_model.WEIGHTS_PRIOR, float(variance)) for variance in model._variances]
+    blocks = len(model._blocks)
+    priors = [(knob_model.WEIGHTS_PRIOR, float(variance)) for variance in [*model._variances[:blocks], model._of_code]]
+    priors += [(knob_model.OWN_PRIOR, float(variance)) for variance in model._variances[blocks : len(data.blocks)]]
     priors += [(knob_model.NOISE_PRIOR, model._noise), (knob_model.MISFIT_PRIOR, model._misfit)]
     return float(found) - sum(weight * (math.log(v) + mode / v) for (weight, mode), v in priors)
 
 
+@pytest.mark.parametrize("elsewhere", [(), ("y", "z")])
 @pytest.mark.parametrize("seed", range(6))
-def test_each_step_makes_the_variances_likelier(seed: int):
+def test_each_step_makes_the_variances_likelier(seed: int, elsewhere: tuple[str, ...]):
     chance, model = random.Random(seed), KnobModel(KNOBS, 1.0)
     for number in range(chance.randint(5, 60)):
         values = chance.choice([near, anywhere])(chance)
-        model.add(values, truth(values) + chance.gauss(0, 0.05), code=chance.choice(["a", "b", f"{number}"]))
-    data, before = knob_model._Data(model._runs), log_posterior(model)
-    first = before
+        where = chance.choice([knob_model.HERE, *elsewhere]) if number else knob_model.HERE
+        value = truth(values) + chance.gauss(0, 0.05) + len(where)
+        model.add(values, value, code=chance.choice(["a", "b", f"{number}"]), where=where)
+    data = knob_model._Data(model._runs, model._blocks)
+    first = before = log_posterior(model, data)
     for _ in range(25):
         model._learn(data)
-        after = log_posterior(model)
+        after = log_posterior(model, data)
         assert after >= before - 1e-6 * abs(before)
         before = after
     assert before > first + 1

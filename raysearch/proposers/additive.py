@@ -16,7 +16,7 @@ import numpy as np
 from raysearch.knobs import Values, skeleton
 from raysearch.model import Direction
 from raysearch.proposers import Idea, Proposer, Request, Told
-from raysearch.proposers.knob_model import KnobModel, Moves
+from raysearch.proposers.knob_model import HERE, KnobModel, Moves
 from raysearch.proposers.reach import within_reach
 from raysearch.proposers.sieve import MOVED_KNOBS, Found, Known, Run, Sieve, movable, near
 
@@ -40,12 +40,14 @@ class AdditiveProposer(Proposer):
     Args:
         seed: Of the draws.
         path: The file whose knobs are changed.
+        elsewhere: Whether the model of a profile learns from runs on the other ones too.
     """
 
     name = "additive"
 
-    def __init__(self, *, seed: int = 0, path: str = "train.py") -> None:
+    def __init__(self, *, seed: int = 0, path: str = "train.py", elsewhere: bool = True) -> None:
         self._seed = seed
+        self._elsewhere = elsewhere
         self._path = path
         self._random = random.Random(seed)
         self._spaces: dict[str, _Space] = {}
@@ -65,8 +67,9 @@ class AdditiveProposer(Proposer):
             # The seed goes on with the study: after a restart it must not draw all over what was run.
             self._random = random.Random(f"{self._seed} {request.profile} {len(space.known.told)}")
             space.model = KnobModel(knobs, sign)
-            for run in space.known.told:
-                _learn(space.model, run)
+            for profile, other in self._spaces.items():
+                for run in other.known.told:
+                    self._learn(request.profile, profile, run)
         sieve = Sieve(request, self._path, space.known)
         options = {name: within_reach(knob, self._random.random) for name, knob in knobs.items()}
         moves = space.model.moves(sieve.champion, options)
@@ -78,8 +81,14 @@ class AdditiveProposer(Proposer):
         space = self._spaces.setdefault(told.profile, _Space())
         run = Run.of(told, self._path, code=skeleton(told.files, self._path)[0])
         space.known.add(run)
-        if space.model is not None:
-            _learn(space.model, run)
+        for profile in self._spaces:
+            self._learn(profile, told.profile, run)
+
+    def _learn(self, profile: str, ran_on: str, run: Run) -> None:
+        """Tells the model of a profile, if there is one, of a run on that profile or on another one."""
+        model = self._spaces[profile].model
+        if model is not None and run.value is not None and (profile == ran_on or self._elsewhere):
+            model.add(run.values, run.value, code=run.code, where=HERE if profile == ran_on else ran_on)
 
     def _found(self, sieve: Sieve, moves: Moves | None, counts: tuple[int, ...], *, sign: float) -> Found | None:
         """What the model thinks best and passes; anything near the champion as long as too little is known."""
@@ -101,8 +110,3 @@ class AdditiveProposer(Proposer):
         rng = np.random.default_rng(self._random.getrandbits(64))
         for _ in range(DRAWS):
             yield moves.drawn(rng, self._random.choice(counts), fits)
-
-
-def _learn(model: KnobModel, run: Run) -> None:
-    if run.value is not None:
-        model.add(run.values, run.value, code=run.code)

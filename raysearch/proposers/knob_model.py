@@ -5,6 +5,9 @@ and of noise (additive Gaussian processes: Duvenaud, Nickisch and Rasmussen, Neu
 at a time, so that every run says something about the functions of some knobs, wherever the champion was by then: a sum
 needs no two runs at one place to be compared. How much each function varies is learned from the runs.
 
+Runs on other hardware tell of the same functions, but that each may differ here by a function of its own, small until
+the runs say otherwise (as in multi-task Gaussian processes: Bonilla, Chai and Williams, NeurIPS 2007).
+
 It knows no champion but the one that it is asked about, and chooses nothing: `additive` does.
 """
 
@@ -28,11 +31,13 @@ Fits = Callable[[Values], bool]
 SCALES = ((1.0, 4), (0.3, 7))  # length of each kernel, in ranges of a knob, and how many features stand for it
 GRID = np.linspace(0.0, 1.0, 25)  # places between which the features interpolate
 MODELLED = 1000  # runs, the latest ones
+HERE = ""  # the profile that a model is of, among those that runs are from
 GROUPS = 32  # texts of the code that have an offset of their own; those of the others are noise
 LEAST = 4  # runs, before which nothing is said
 FIRST_ITERATIONS, ITERATIONS, GROWTH = 20, 5, 1.1  # variances are learned anew after so many times as many runs
 OFFSET = 100.0  # variance of the level, and of each weight below its prior: (weight of it, mode)
 WEIGHTS_PRIOR = (0.3, 1.0)
+OWN_PRIOR = (0.3, 0.1)  # of how a knob's function here differs from what it is elsewhere
 NOISE_PRIOR = (1.0, 0.02)
 MISFIT_PRIOR = (3.0, 0.04)  # a fifth of the distance to the best runs is not what a sum can say
 CURVE, LEAST_CURVE = 1 / 3, 3.0  # of what was gained since the first runs; in spreads, at least: see `_bent`
@@ -160,24 +165,28 @@ class KnobModel:
                 end += size
             self._columns[name] = slice(start, end)
         self._width = end
-        self._runs: deque[tuple[Array, str, float]] = deque(maxlen=MODELLED)
-        self._variances = np.ones(len(self._blocks) + 1)  # in units of the spread; the last one is of the code
+        self._runs: dict[str, deque[_Seen]] = {HERE: deque(maxlen=MODELLED)}
+        # in units of the spread: of each block, of each block's part that is so here alone, and of the code
+        self._variances = np.repeat([WEIGHTS_PRIOR[1], OWN_PRIOR[1]], len(self._blocks))
+        self._of_code = WEIGHTS_PRIOR[1]
         self._noise, self._misfit = 0.1, MISFIT_PRIOR[1]
         self._learned = 0  # runs that the variances are learned from
         self._fit: _Fit | None = None
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return sum(map(len, self._runs.values()))
 
-    def add(self, values: Values, value: float, *, code: str = "") -> None:
+    def add(self, values: Values, value: float, *, code: str = "", where: str = HERE) -> None:
         """Takes in a run.
 
         Args:
             values: By knob; those that are missing add nothing.
             value: The metric, finite.
             code: What the program is but for its knobs.
+            where: The profile that it was run on, if it is not the model's.
         """
-        self._runs.append((self._row(values), code, self._sign * value))
+        runs = self._runs.setdefault(where, deque(maxlen=MODELLED))
+        runs.append(_Seen(self._row(values), code, self._sign * value))
         self._fit = None
 
     def _row(self, values: Values) -> Array:
@@ -195,10 +204,10 @@ class KnobModel:
             options: New values, by knob.
         """
         moves = [(name, value) for name, values in options.items() for value in values]
-        if len(self) < LEAST or not moves:
+        if len(self._runs[HERE]) < LEAST or not moves:
             return None
         fit, here = self._fitted(), self._row(champion)
-        change = np.zeros((len(moves), len(fit.weights)))
+        change = np.zeros((len(moves), self._width))
         for row, (name, value) in zip(change, moves, strict=True):
             columns = self._columns[name]
             row[columns] = here[columns] - self._features[name].at(value)
@@ -208,27 +217,28 @@ class KnobModel:
 
     def _fitted(self) -> _Fit:
         if self._fit is None:
-            data = _Data(self._runs)
+            data = _Data(self._runs, self._blocks)
             if len(self) >= GROWTH * self._learned:
                 for _ in range(ITERATIONS if self._learned else FIRST_ITERATIONS):
                     self._learn(data)
                 self._learned = len(self)
             now = self._posterior(data)
             weights = np.linalg.solve(now.precision, now.right)
-            self._fit = _Fit(weights, np.linalg.inv(np.linalg.cholesky(now.precision)).T, data.scale, data.curve)
+            root = np.linalg.inv(np.linalg.cholesky(now.precision)).T
+            self._fit = _Fit(data.acting(weights), data.acting(root), data.scale, data.curve)
         return self._fit
 
     def _prior(self, data: _Data) -> Array:
         """Prior variance of each weight."""
-        prior = np.full(data.rows.shape[1], self._variances[-1])
-        prior[0] = OFFSET
-        for block, variance in zip(self._blocks, self._variances, strict=False):
+        prior = np.full(data.rows.shape[1], OFFSET)
+        prior[data.codes] = self._of_code
+        for block, variance in zip(data.blocks, self._variances, strict=False):
             prior[block] = variance
         return prior
 
     def _posterior(self, data: _Data) -> _Posterior:
         """Of the weights, with the variances as they are (Bayesian linear regression)."""
-        around = self._noise + self._misfit * data.above**2 + self._variances[-1] * data.alone
+        around = self._noise + self._misfit * data.above**2 + self._of_code * data.alone
         weighted = data.rows / around[:, None]
         gram = weighted.T @ data.rows
         return _Posterior(around, weighted, gram, gram + np.diag(1 / self._prior(data)), weighted.T @ data.values)
@@ -245,12 +255,13 @@ class KnobModel:
         squares = (data.rows.T @ residual) ** 2
         traces = np.diag(now.gram) - np.einsum("ij,ji->i", now.gram @ inverse, now.gram)  # diagonal of Xᵀ V⁻¹ X
         own = 1 / now.around - np.einsum("ij,ij->i", now.weighted @ inverse, now.weighted)  # of V⁻¹
-        for index, block in enumerate(self._blocks):
+        for index, block in enumerate(data.blocks):
             found = float(traces[block].sum()), float(squares[block].sum())
-            self._variances[index] = _step(self._variances[index], *found, WEIGHTS_PRIOR)
-        code = slice(self._width, None)
+            prior = WEIGHTS_PRIOR if index < len(self._blocks) else OWN_PRIOR
+            self._variances[index] = _step(self._variances[index], *found, prior)
+        code = data.codes
         found = float(traces[code].sum() + own @ data.alone), float(squares[code].sum() + residual**2 @ data.alone)
-        self._variances[-1] = _step(self._variances[-1], *found, WEIGHTS_PRIOR)
+        self._of_code = _step(self._of_code, *found, WEIGHTS_PRIOR)
         far = data.above**2
         self._noise = _step(self._noise, float(own.sum()), float(residual @ residual), NOISE_PRIOR)
         self._misfit = _step(self._misfit, float(own @ far), float(residual**2 @ far), MISFIT_PRIOR)
@@ -296,32 +307,74 @@ class _Fit:
         return math.exp(min(max(above / self.curve, math.log(1 - LOWEST)), math.log(STEEPEST)))
 
 
+class _Seen(NamedTuple):
+    """A run: the level and the features of its knobs, its code, and the metric with lower for better."""
+
+    row: Array
+    code: str
+    value: float
+
+
 class _Data:
-    """Runs as the fit has them.
+    """Runs as the fit has them, those of here and of elsewhere.
 
     Attributes:
-        rows: Features, and which of the codes that have an offset it has, (runs, features).
-        values: The metric over the best runs, in units of its own spread, `_bent`.
+        rows: Features, of runs of here once more, which profile of elsewhere a run is of, and which of the codes that
+            have an offset it has, (runs, columns).
+        blocks: Of columns that share their prior variance: of the functions, then of what they differ by here.
+        codes: The columns of codes.
+        values: The metric over the best runs of the profile, in units of the spread, `_bent`.
         scale: That unit.
-        curve: How far the floor lies below the best runs, in units of the metric.
-        above: How far above the best tenth a run is, at most `FAR`.
+        curve: How far the floor lies below the best runs of here, in units of the metric.
+        above: How far above the best tenth of its profile a run is, at most `FAR`.
         alone: 1 for runs whose code has no offset of its own among the features.
     """
 
-    def __init__(self, runs: Sequence[tuple[Array, str, float]] | deque[tuple[Array, str, float]]) -> None:
-        raw = np.array([value for _, _, value in runs])
-        spread = float(np.median(np.abs(raw - np.median(raw)))) or float(raw.std()) or 1.0
+    def __init__(self, seen: Mapping[str, Sequence[_Seen]], blocks: Sequence[slice]) -> None:
+        runs = [run for some in seen.values() for run in some]
+        raws = [np.array([run.value for run in some]) for some in seen.values()]
+        apart = np.concatenate([raw - np.median(raw) for raw in raws])
+        self.scale = float(np.median(np.abs(apart))) or float(apart.std()) or 1.0
+        self._above = [_Above(raw, self.scale) for raw in raws]
+        self.curve = self._above[0].curve
+        self.values = np.concatenate([above.values for above in self._above])
+        self.above = np.maximum(self.values, 0.0)
+        counts = Counter(run.code for run in runs)
+        several = [code for code, count in counts.most_common(GROUPS) if count > 1] if len(counts) > 1 else []
+        codes = np.array([[run.code == one for one in several] for run in runs], dtype=float)
+        self.alone = 1.0 - codes.sum(axis=1) if len(counts) > 1 else np.zeros(len(runs))
+        rows = np.array([run.row for run in runs])
+        self._width = rows.shape[1]
+        self.blocks = list(blocks)
+        parts = [rows]
+        if len(seen) > 1:
+            where = np.repeat(np.arange(len(raws)), [len(raw) for raw in raws])
+            self.blocks += [slice(one.start + self._width - 1, one.stop + self._width - 1) for one in blocks]
+            parts += [rows[:, 1:] * (where == 0)[:, None], np.eye(len(raws))[where][:, 1:]]
+        self.rows = np.concatenate([*parts, codes], axis=1)
+        self.codes = slice(self.rows.shape[1] - len(several), None)
+
+    def acting(self, columns: Array) -> Array:
+        """Of something for each column, what acts on a program here: of the functions and of what they differ by."""
+        acting = columns[: self._width].copy()
+        if len(self._above) > 1:
+            acting[1:] += columns[self._width : 2 * self._width - 1]
+        return acting
+
+
+class _Above:
+    """How far runs of one profile are above the best ones.
+
+    Attributes:
+        curve: How far the floor lies below the best runs, in units of the metric.
+        values: `_bent`, in units of the spread, at most `FAR`, (runs,).
+    """
+
+    def __init__(self, raw: Array, spread: float) -> None:
         best = float(np.quantile(raw, 0.1))
         gained = float(raw[:FIRST_RUNS].mean()) - best
-        self.scale = spread
         self.curve = max(CURVE * gained, LEAST_CURVE * spread)
         self.values = np.minimum(_bent(raw - best, self.curve) / spread, FAR)
-        self.above = np.maximum(self.values, 0.0)
-        counts = Counter(code for _, code, _ in runs)
-        several = [code for code, count in counts.most_common(GROUPS) if count > 1] if len(counts) > 1 else []
-        codes = np.array([[code == one for one in several] for _, code, _ in runs], dtype=float)
-        self.alone = 1.0 - codes.sum(axis=1) if len(counts) > 1 else np.zeros(len(raw))
-        self.rows = np.concatenate([np.array([row for row, _, _ in runs]), codes], axis=1)
 
 
 def _bent(above: Array, curve: float) -> Array:
