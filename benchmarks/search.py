@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import optuna
 
@@ -56,10 +56,13 @@ WORLDS = {
 }
 
 
-def made(movers: Iterable[str], seed: int) -> list[Proposer]:
-    """Proposers that move knobs: `additive`, or `tune` with a searcher of that name."""
+def made(movers: Iterable[str], seed: int, *, elsewhere: bool = True) -> list[Proposer]:
+    """Proposers that move knobs: `additive`, learning from runs elsewhere or not, or `tune` with that searcher."""
     return [
-        AdditiveProposer(seed=seed) if name == "additive" else TuneProposer(searcher=name, seed=seed) for name in movers
+        AdditiveProposer(seed=seed, elsewhere=elsewhere)
+        if name == "additive"
+        else TuneProposer(searcher=name, seed=seed)
+        for name in movers
     ]
 
 
@@ -319,40 +322,68 @@ def scaling(arguments: argparse.Namespace) -> None:
         print(flush=True)
 
 
-def transferred(job: tuple[float, bool, int, float, tuple[str, ...]]) -> Ratcheted:
-    """The second profile's ratchet: 16 slots of one card, 4 of another with correlated effects."""
-    correlation, is_on, seed, hours, movers = job
-    card = h100()
-    other = family(card, correlation=correlation, seed=seed)
-    proposers = made(movers, seed)
-    if is_on:
-        proposers.append(TransferProposer())
-    slots = [*fleet(card, 16), *fleet(other, 4)]
-    found = simulate(slots, proposers=proposers, hours=hours, seed=seed, start=starts(card, Regime.EARLY))
-    return found.profiles[other.slug]
+@dataclass(frozen=True)
+class Pair:
+    """Two profiles in one study: 16 slots of one card, and 4 of another on which knobs do alike to some degree.
+
+    Attributes:
+        correlation: Of the effects of single moves.
+        is_on: Whether steps are carried over, and whether the model of a profile knows the runs on the other one.
+        hours: That the second profile has.
+        joins_h: Hours after the first one that it comes.
+    """
+
+    correlation: float
+    is_on: bool
+    seed: int
+    hours: float
+    joins_h: float
+    movers: tuple[str, ...]
+
+    def run(self) -> Ratcheted:
+        """The second profile's ratchet."""
+        card = h100()
+        other = family(card, correlation=self.correlation, seed=self.seed)
+        late = [replace(slot, joins_at=3600 * self.joins_h) for slot in fleet(other, 4)]
+        found = simulate(
+            [*fleet(card, 16), *late],
+            proposers=[*made(self.movers, self.seed, elsewhere=self.is_on), *[TransferProposer()] * self.is_on],
+            hours=self.joins_h + self.hours,
+            seed=self.seed,
+            start=starts(card, Regime.EARLY),
+        )
+        return found.profiles[other.slug]
 
 
 def transfer(arguments: argparse.Namespace) -> None:
     """Prints the GPU-hours in which the second profile reaches its target, with and without transfer."""
     pool = POOL.map if POOL else map
-    hours, movers = arguments.hours / 8, tuple(arguments.movers)
+    hours, joins_h, movers = arguments.hours / 8, arguments.joins_h, tuple(arguments.movers)
     for correlation in (0.7, 0.0):
-        jobs = [(correlation, is_on, seed, hours, movers) for seed in range(arguments.seeds) for is_on in (False, True)]
-        found = list(pool(transferred, jobs))
-        shares: list[float] = []
-        gains: list[float] = []
-        for without, with_ in zip(found[::2], found[1::2], strict=True):
-            target = 0.8 * without.gain
-            took = [
-                next((move.slot_hours for move in one.moves if one.start - move.after >= target), one.slot_hours)
-                for one in (without, with_)
-            ]
-            shares.append(took[1] / took[0])
-            gains.append(with_.gain / without.gain if without.gain > 0 else 1.0)
+        pairs = [
+            Pair(correlation, is_on, seed, hours, joins_h, movers)
+            for seed in range(arguments.seeds)
+            for is_on in (False, True)
+        ]
+        found = list(pool(Pair.run, pairs))
+        without, with_ = found[::2], found[1::2]
+        both = list(zip(without, with_, strict=True))
+        shares = [reached(on, 0.8 * off.gain) / reached(off, 0.8 * off.gain) for off, on in both]
+        more, half = mean_ci([1000 * (on.gain - off.gain) for off, on in both])
+        gain = 1000 * statistics.fmean(one.gain for one in without)
+        false, keeps = sum(one.false_keeps for one in with_), sum(len(one.moves) for one in with_)
         print(
-            f"correlation {correlation}: GPU-hours to 80% of the gain without transfer: "
-            f"{statistics.median(shares):.2f} of those without; gain in {hours:g} h: {statistics.median(gains):.2f}"
+            f"correlation {correlation}, {hours:g} h, joins after {joins_h:g} h: GPU-hours to 80% of the gain without "
+            f"transfer: {statistics.median(shares):.2f} of those without (geometric mean "
+            f"{statistics.geometric_mean(shares):.2f}); gain {gain:.2f} without, {more:+.2f} ± {half:.2f} with; "
+            f"false keeps {false} of {keeps}",
+            flush=True,
         )
+
+
+def reached(lane: Ratcheted, gain: float) -> float:
+    """Slot-hours after which a ratchet has gained so much; all that it had if it never did."""
+    return next((move.slot_hours for move in lane.moves if lane.start - move.after >= gain), lane.slot_hours)
 
 
 def main() -> None:
@@ -368,6 +399,9 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="+", default=[one.value for one in Regime])
     parser.add_argument("--scaling", type=int, nargs="+", help="Numbers of slots.")
     parser.add_argument("--transfer", action="store_true")
+    parser.add_argument(
+        "--joins-h", type=float, default=0.0, help="Hours after the first profile that the second comes."
+    )
     parser.add_argument("--hours", type=float, default=72.0, help="Of the one slot in --scaling; a share of it else.")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

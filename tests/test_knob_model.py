@@ -218,14 +218,57 @@ def test_it_keeps_the_latest_runs_alone(monkeypatch: pytest.MonkeyPatch):
     assert len(told(100)) == 30
 
 
+def opposite(values: Values) -> float:
+    """As `truth`, but that learning rate and depth do the opposite."""
+    unit = {name: float(KNOBS[name].unit(values[name])) for name in ("LR", "DEPTH")}
+    return truth(values) - 6 * (unit["LR"] - 0.3) ** 2 - 0.8 * unit["DEPTH"]
+
+
+def of_two(here: int, elsewhere: int, score: Callable[[Values], float], *, level: float = 0.0) -> KnobModel:
+    """Told of runs by `truth` elsewhere, and of runs by another function here, in any order."""
+    chance, model = random.Random(1), KnobModel(KNOBS, 1.0)
+    for where in chance.sample(["elsewhere", knob_model.HERE], elsewhere + here, counts=[elsewhere, here]):
+        values = near(chance)
+        value = score(values) if where == knob_model.HERE else truth(values) + level
+        model.add(values, value + chance.gauss(0, 0.01), where=where)
+    return model
+
+
+def error(model: KnobModel, score: Callable[[Values], float]) -> float:
+    moves = weighed(model, OPTIONS)
+    gains = [score(FIRST) - score(FIRST | {name: value}) for name, value in zip(moves.names, moves.values, strict=True)]
+    return float(np.sqrt(np.mean((moves.mean - np.array(gains)) ** 2)))
+
+
+@pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch):
+    """Far from the best runs a change is worth what it is near them."""
+    monkeypatch.setattr(knob_model, "CURVE", 1e6)
+
+
+@pytest.mark.parametrize("level", [0.0, 50.0])
+def test_runs_elsewhere_tell_of_what_knobs_do_here_whatever_the_level_there(straight: None, level: float):
+    assert error(of_two(6, 100, truth, level=level), truth) < 0.3 * error(of_two(6, 0, truth), truth)
+
+
+def test_what_is_otherwise_here_is_learned_and_the_rest_is_shared(straight: None):
+    alone, shared, alike = of_two(30, 0, opposite), of_two(30, 150, opposite), of_two(30, 150, truth)
+    assert error(shared, opposite) < error(alone, opposite)
+    assert error(alike, truth) < error(shared, opposite)
+    assert shared._own > 2 * alike._own
+
+
+def test_it_says_nothing_of_here_from_runs_elsewhere_alone():
+    assert of_two(knob_model.LEAST - 1, 50, truth).moves(FIRST, OPTIONS) is None
+
+
 def log_posterior(model: KnobModel, data: knob_model._Data) -> float:
     """Of the variances, up to a constant, from the covariance of all runs, which the model never makes."""
     covariance = (data.rows * model._prior(data)) @ data.rows.T + np.diag(model._posterior(data).around)
     _, determinant = np.linalg.slogdet(covariance)
     found = -0.5 * (determinant + data.values @ np.linalg.solve(covariance, data.values))
-    blocks = len(model._blocks)
-    priors = [(knob_model.WEIGHTS_PRIOR, float(variance)) for variance in [*model._variances[:blocks], model._of_code]]
-    priors += [(knob_model.OWN_PRIOR, float(variance)) for variance in model._variances[blocks : len(data.blocks)]]
+    priors = [(knob_model.WEIGHTS_PRIOR, float(variance)) for variance in [*model._variances, model._of_code]]
+    priors += [(knob_model.OWN_PRIOR, model._own)] * (len(model._runs) > 1)
     priors += [(knob_model.NOISE_PRIOR, model._noise), (knob_model.MISFIT_PRIOR, model._misfit)]
     return float(found) - sum(weight * (math.log(v) + mode / v) for (weight, mode), v in priors)
 

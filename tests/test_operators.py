@@ -438,11 +438,11 @@ def test_a_large_step_is_tried_by_halves_before_single_changes():
 
 def test_parts_come_at_once_where_the_whole_cannot_be_made(tmp_path: Path):
     ours = rewrite(PROGRAM, {"DEPTH": 12})
-    after = rewrite(PROGRAM, {"LR": 0.03, "WIDTH": 128})  # 12 * 128 > 1024
-    asked = request(ours, elsewhere=(step(PROGRAM, after),))
+    turned = PROGRAM.replace("return fifth", "return -fifth")
+    asked = request(ours, elsewhere=(step(PROGRAM, rewrite(turned, {"WIDTH": 128})),))  # 12 * 128 > 1024
     proposer = TransferProposer()
     assert proposer.ask(asked) == []
-    assert list(programs(proposer, asked, tmp_path).values()) == [rewrite(ours, {"LR": 0.03})]
+    assert list(programs(proposer, asked, tmp_path).values()) == [rewrite(turned, {"DEPTH": 12})]
 
 
 def test_a_part_that_needs_another_is_left_out(tmp_path: Path):
@@ -454,8 +454,11 @@ def test_a_part_that_needs_another_is_left_out(tmp_path: Path):
     assert list(found.values()) == [PROGRAM.replace("def scaled", f"{helper}def scaled")]
 
 
-def test_a_step_of_one_change_has_no_parts():
-    asked = request(PROGRAM, elsewhere=(step(PROGRAM, rewrite(PROGRAM, {"LR": 0.03})),), sources={"transfer s1"})
+@pytest.mark.parametrize(
+    "after", [PROGRAM.replace("return fifth", "return -fifth"), rewrite(PROGRAM, {"LR": 0.03, "DEPTH": 7})]
+)
+def test_a_step_of_one_change_or_of_values_alone_is_not_taken_apart(after: str):
+    asked = request(PROGRAM, elsewhere=(step(PROGRAM, after),), sources={"transfer s1"})
     assert TransferProposer().ask(asked) == []
 
 

@@ -1,8 +1,8 @@
 """Moves the knobs that help most by what each of them does, from a model that learns from every run.
 
-Thompson sampling: of those that are asked for together each follows another draw of the model. A quarter of them moves
-at once all that the model is sure of. What the model is stands in `knob_model`; docs/adr/0029 to 0031 say what it is
-worth.
+Thompson sampling, bold or tempered: of those that are asked for together each follows another draw of the model. Others
+move at once all that the model is sure of. A model knows what was run on other profiles too. What it is stands in
+`knob_model`; docs/adr/0029 to 0032 say what it is worth.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from raysearch.proposers.sieve import MOVED_KNOBS, Found, Known, Run, Sieve, mov
 
 MODELLED_KNOBS = (1, 2, 4, 8)  # how many knobs one proposal moves, once there is a run or more for each of them
 SURE_SHARE = 0.25  # of the proposals, that move at once all knobs of which the model is sure (docs/adr/0031)
+SHARED_SURE_SHARE = 0.5  # of them, if the model knows runs on other profiles (docs/adr/0032)
 CAUTIONS = (0.5, 1.0)  # posterior standard deviations that such a move may disappoint by and still help
+BOLDNESS = (0.1, 0.3, 1.0)  # times the posterior's spread, of draws: one of these each (docs/adr/0032)
 DRAWS = 30  # of the model, looked at for one proposal; then the neighbourhood is tried at random
 
 
@@ -74,7 +76,8 @@ class AdditiveProposer(Proposer):
         options = {name: within_reach(knob, self._random.random) for name, knob in knobs.items()}
         moves = space.model.moves(sieve.champion, options)
         counts = MODELLED_KNOBS if len(space.model) >= len(knobs) else MOVED_KNOBS
-        return sieve.ideas(self.name, lambda: self._found(sieve, moves, counts, sign=sign))
+        sure = SHARED_SURE_SHARE if space.model.is_shared else SURE_SHARE
+        return sieve.ideas(self.name, lambda: self._found(sieve, moves, counts, sure, sign=sign))
 
     def tell(self, told: Told) -> None:
         """Adds a run to what is known of the profile, whoever proposed it."""
@@ -90,23 +93,27 @@ class AdditiveProposer(Proposer):
         if model is not None and run.value is not None and (profile == ran_on or self._elsewhere):
             model.add(run.values, run.value, code=run.code, where=HERE if profile == ran_on else ran_on)
 
-    def _found(self, sieve: Sieve, moves: Moves | None, counts: tuple[int, ...], *, sign: float) -> Found | None:
+    def _found(
+        self, sieve: Sieve, moves: Moves | None, counts: tuple[int, ...], sure: float, *, sign: float
+    ) -> Found | None:
         """What the model thinks best and passes; anything near the champion as long as too little is known."""
-        for moved, expected in self._wanted(sieve, moves, counts) if moves is not None else ():
+        for moved, expected in self._wanted(sieve, moves, counts, sure) if moves is not None else ():
             values = sieve.champion | moved
             if sieve.passes(values):
                 return values, -sign * expected
         values = near(sieve, self._random)
         return None if values is None else (values, None)
 
-    def _wanted(self, sieve: Sieve, moves: Moves, counts: tuple[int, ...]) -> Iterator[tuple[Values, float]]:
+    def _wanted(
+        self, sieve: Sieve, moves: Moves, counts: tuple[int, ...], sure: float
+    ) -> Iterator[tuple[Values, float]]:
         """New values, and what they are expected to improve: now and then what is sure first, then draws."""
 
         def fits(moved: Values) -> bool:
             return sieve.fits(sieve.champion | moved)
 
-        if self._random.random() < SURE_SHARE:
+        if self._random.random() < sure:
             yield moves.sure(self._random.choice(CAUTIONS), fits)
         rng = np.random.default_rng(self._random.getrandbits(64))
         for _ in range(DRAWS):
-            yield moves.drawn(rng, self._random.choice(counts), fits)
+            yield moves.drawn(rng, self._random.choice(counts), fits, boldness=self._random.choice(BOLDNESS))

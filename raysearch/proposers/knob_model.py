@@ -5,8 +5,9 @@ and of noise (additive Gaussian processes: Duvenaud, Nickisch and Rasmussen, Neu
 at a time, so that every run says something about the functions of some knobs, wherever the champion was by then: a sum
 needs no two runs at one place to be compared. How much each function varies is learned from the runs.
 
-Runs on other hardware tell of the same functions, but that each may differ here by a function of its own, small until
-the runs say otherwise (as in multi-task Gaussian processes: Bonilla, Chai and Williams, NeurIPS 2007).
+Runs on other hardware tell of the same functions, but that each may differ here by a function of its own. How much they
+differ, as a share of how much they vary, is learned as well (multi-task Gaussian processes: Bonilla, Chai and Williams,
+NeurIPS 2007).
 
 It knows no champion but the one that it is asked about, and chooses nothing: `additive` does.
 """
@@ -37,7 +38,7 @@ LEAST = 4  # runs, before which nothing is said
 FIRST_ITERATIONS, ITERATIONS, GROWTH = 20, 5, 1.1  # variances are learned anew after so many times as many runs
 OFFSET = 100.0  # variance of the level, and of each weight below its prior: (weight of it, mode)
 WEIGHTS_PRIOR = (0.3, 1.0)
-OWN_PRIOR = (0.3, 0.1)  # of how a knob's function here differs from what it is elsewhere
+OWN_PRIOR = (1.0, 0.5)  # of that by which the functions differ here, as a share of their variances
 NOISE_PRIOR = (1.0, 0.02)
 MISFIT_PRIOR = (3.0, 0.04)  # a fifth of the distance to the best runs is not what a sum can say
 CURVE, LEAST_CURVE = 1 / 3, 3.0  # of what was gained since the first runs; in spreads, at least: see `_bent`
@@ -114,12 +115,13 @@ class Moves:
         """
         return self._best(self.mean - caution * np.sqrt((self.spread**2).sum(axis=1)), len(self.names), fits)
 
-    def drawn(self, rng: np.random.Generator, count: int, fits: Fits) -> tuple[Values, float]:
+    def drawn(self, rng: np.random.Generator, count: int, fits: Fits, *, boldness: float = 1.0) -> tuple[Values, float]:
         """The best move of each of up to `count` knobs by one draw of the functions, the best knobs first.
 
         Args:
             rng: What is drawn by.
             count: Most knobs that are moved.
+            boldness: Times the posterior's spread with which it is drawn.
             fits: Whether a program with these new values can be run. A move that fits with none of the better ones
                 is passed over: what would be best and cannot be had must not stand in the way of all else.
 
@@ -127,7 +129,7 @@ class Moves:
             New values, and the posterior mean of what they improve together. Knobs that no move of improves by
             this draw are left out, but for the first.
         """
-        gains = self.mean + self.spread @ cast("Array", rng.standard_normal(self.spread.shape[1]))
+        gains = self.mean + boldness * self.spread @ cast("Array", rng.standard_normal(self.spread.shape[1]))
         return self._best(gains, count, fits, least=1)
 
     def _best(self, gains: Array, count: int, fits: Fits, *, least: int = 0) -> tuple[Values, float]:
@@ -166,8 +168,8 @@ class KnobModel:
             self._columns[name] = slice(start, end)
         self._width = end
         self._runs: dict[str, deque[_Seen]] = {HERE: deque(maxlen=MODELLED)}
-        # in units of the spread: of each block, of each block's part that is so here alone, and of the code
-        self._variances = np.repeat([WEIGHTS_PRIOR[1], OWN_PRIOR[1]], len(self._blocks))
+        self._variances = np.full(len(self._blocks), WEIGHTS_PRIOR[1])  # in units of the spread, as all of them
+        self._own = OWN_PRIOR[1]
         self._of_code = WEIGHTS_PRIOR[1]
         self._noise, self._misfit = 0.1, MISFIT_PRIOR[1]
         self._learned = 0  # runs that the variances are learned from
@@ -175,6 +177,11 @@ class KnobModel:
 
     def __len__(self) -> int:
         return sum(map(len, self._runs.values()))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it was told of runs elsewhere."""
+        return len(self._runs) > 1
 
     def add(self, values: Values, value: float, *, code: str = "", where: str = HERE) -> None:
         """Takes in a run.
@@ -232,7 +239,7 @@ class KnobModel:
         """Prior variance of each weight."""
         prior = np.full(data.rows.shape[1], OFFSET)
         prior[data.codes] = self._of_code
-        for block, variance in zip(data.blocks, self._variances, strict=False):
+        for block, variance in zip(data.blocks, [*self._variances, *(self._own * self._variances)], strict=False):
             prior[block] = variance
         return prior
 
@@ -254,17 +261,25 @@ class KnobModel:
         residual = (data.values - data.rows @ (inverse @ now.right)) / now.around  # V⁻¹ y
         squares = (data.rows.T @ residual) ** 2
         traces = np.diag(now.gram) - np.einsum("ij,ji->i", now.gram @ inverse, now.gram)  # diagonal of Xᵀ V⁻¹ X
-        own = 1 / now.around - np.einsum("ij,ij->i", now.weighted @ inverse, now.weighted)  # of V⁻¹
-        for index, block in enumerate(data.blocks):
-            found = float(traces[block].sum()), float(squares[block].sum())
-            prior = WEIGHTS_PRIOR if index < len(self._blocks) else OWN_PRIOR
-            self._variances[index] = _step(self._variances[index], *found, prior)
+        diagonal = 1 / now.around - np.einsum("ij,ij->i", now.weighted @ inverse, now.weighted)  # of V⁻¹
+        of_blocks = np.array([[traces[block].sum(), squares[block].sum()] for block in data.blocks])
+        functions, *own_functions = of_blocks.reshape(-1, len(self._blocks), 2)
+        of_functions, old = functions + sum(self._own * some for some in own_functions), self._variances
+        self._variances = np.array(
+            [
+                _step(variance, trace, square, WEIGHTS_PRIOR)
+                for variance, (trace, square) in zip(old, of_functions, strict=True)
+            ]
+        )
+        for some in own_functions:  # that of here alone, if there are runs elsewhere
+            found = float(some[:, 0] @ self._variances), float(some[:, 1] @ (old**2 / self._variances))
+            self._own = _step(self._own, *found, OWN_PRIOR)
         code = data.codes
-        found = float(traces[code].sum() + own @ data.alone), float(squares[code].sum() + residual**2 @ data.alone)
+        found = float(traces[code].sum() + diagonal @ data.alone), float(squares[code].sum() + residual**2 @ data.alone)
         self._of_code = _step(self._of_code, *found, WEIGHTS_PRIOR)
         far = data.above**2
-        self._noise = _step(self._noise, float(own.sum()), float(residual @ residual), NOISE_PRIOR)
-        self._misfit = _step(self._misfit, float(own @ far), float(residual**2 @ far), MISFIT_PRIOR)
+        self._noise = _step(self._noise, float(diagonal.sum()), float(residual @ residual), NOISE_PRIOR)
+        self._misfit = _step(self._misfit, float(diagonal @ far), float(residual**2 @ far), MISFIT_PRIOR)
 
 
 def _step(variance: float, trace: float, square: float, prior: tuple[float, float]) -> float:

@@ -259,12 +259,14 @@ class Part:
         key: Names it by what it changes, the same wherever it stands.
         title: For people.
         text: The first text with this change alone.
+        is_value: Whether it is a constant's value.
     """
 
     key: str
     path: str
     title: str
     text: str
+    is_value: bool = False
 
 
 def parts(before: Mapping[str, str], after: Mapping[str, str]) -> list[Part]:
@@ -286,7 +288,7 @@ def _parts(path: str, old: str, new: str) -> list[Part]:
         title = _move(name, line, after[name])
         # as it is written there: `rewrite` has four digits, and no 2**19
         text = _with_line(lines, line, after[name].text)
-        found.append(Part(f"{path} {title}", path, title, "".join(text)))
+        found.append(Part(f"{path} {title}", path, title, "".join(text), is_value=True))
         others = _with_line(others, after[name], line.text)
     aligned, new = old, "".join(others)
     if before and after:  # both are programs: constants that they share read alike, whatever their comments

@@ -18,7 +18,8 @@ T = TypeVar("T")
 class TransferProposer(Proposer):
     """Proposes steps of other ratchets, new ones and large gains first; once the whole was tried its halves and theirs.
 
-    One knob of many that is wrong here spoils a whole step, and of single knobs each takes a run.
+    One change of many that is wrong here spoils a whole step, and of single changes each takes a run. Steps that move
+    values alone are not taken apart: `additive` learns from the runs elsewhere which of them help (docs/adr/0032).
     """
 
     name = "transfer"
@@ -40,7 +41,10 @@ class TransferProposer(Proposer):
         for step in steps:
             yield Attempt(_source(step), lambda step=step: _carried(step, step.after, request.files))
         for step in tried:  # the whole comes first
-            for some in halved(self._parts_of(step)):
+            changes = self._parts_of(step)
+            if all(part.is_value for part in changes):
+                continue
+            for some in halved(changes):
                 yield Attempt(
                     f"{_source(step)} {' + '.join(part.key for part in some)}",
                     lambda step=step, some=some: _carried_parts(step, some, request.files),
