@@ -14,8 +14,11 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 from statistics import fmean, median
+
+import numpy as np
+from numpy.typing import NDArray
 
 from raysearch.model import Direction, Verdict
 
@@ -98,6 +101,7 @@ class Replicates:
     _means: dict[str, float] = field(default_factory=dict[str, float])
     _steps: dict[int, dict[str, None]] = field(default_factory=dict[int, dict[str, None]])  # those with replicates
     _known: dict[int, Noise | None] = field(default_factory=dict[int, "Noise | None"], compare=False, repr=False)
+    _runs: dict[str, _Runs] = field(default_factory=dict[str, "_Runs"], compare=False, repr=False)
 
     def add(self, name: str, value: float, *, step: int = 0) -> None:
         """Takes in one value of a program at a step of the lineage."""
@@ -107,7 +111,7 @@ class Replicates:
         self._means[name] = mean + (value - mean) / len(values)
         if len(values) > 1:
             self._steps.setdefault(step, {})[name] = None
-        self._known.clear()
+        self._forget(name)
 
     def remove(self, name: str, value: float) -> None:
         """Takes one value out again."""
@@ -118,7 +122,11 @@ class Replicates:
             for names in self._steps.values():
                 names.pop(name, None)
             self._steps = {step: names for step, names in self._steps.items() if names}
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
         self._known.clear()
+        self._runs.pop(name, None)
 
     def values(self, name: str) -> Sequence[float]:
         """All values of a program, oldest first."""
@@ -133,16 +141,18 @@ class Replicates:
         if step not in self._known:
             near = heapq.nsmallest(NEAR_STEPS, self._steps, key=lambda other: (abs(other - step), -other))
             groups = [
-                (DISCOUNT ** abs(other - step), self._values[name][-NEAR_VALUES:])
+                (DISCOUNT ** abs(other - step), self._runs.get(name) or self._run(name))
                 for other in near
                 for name in list(self._steps[other])[-NEAR_PROGRAMS:]
             ]
-            inherited = sum(weight * (len(values) - 1) for weight, values in groups if weight < 1.0)
+            inherited = sum(weight * (len(runs.values) - 1) for weight, runs in groups if weight < 1.0)
             share = min(1.0, INHERITED_DOF / inherited) if inherited else 1.0
-            self._known[step] = local_noise(
-                (weight * share if weight < 1.0 else 1.0, values) for weight, values in groups
-            )
+            self._known[step] = _pooled([(weight * share if weight < 1.0 else 1.0, runs) for weight, runs in groups])
         return self._known[step]
+
+    def _run(self, name: str) -> _Runs:
+        self._runs[name] = runs = _Runs.of(self._values[name][-NEAR_VALUES:])
+        return runs
 
 
 def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None:
@@ -164,34 +174,50 @@ def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None
     Returns:
         None without replicates; never less than `LEAST_DOF` degrees of freedom.
     """
-    known = [(weight, values) for weight, values in groups if len(values) > 1]
+    return _pooled([(weight, _Runs.of(values)) for weight, values in groups if len(values) > 1])
+
+
+def _pooled(known: Sequence[tuple[float, _Runs]]) -> Noise | None:
     if not known:
         return None
-    apart = [
-        (abs(one - other), weight * 2 / len(values))
-        for weight, values in known
-        for one, other in combinations(values, 2)
-    ]
-    limit = FAR * _weighted_median(apart) / NORMAL_APART
-    squares = dof = 0.0
-    for weight, values in known:
-        middle = median(values)
-        held = [min(max(value, middle - limit), middle + limit) for value in values]
-        centre = fmean(held)
-        squares += weight * sum((value - centre) ** 2 for value in held)
-        dof += weight * (len(values) - 1)
-    return Noise(math.sqrt(squares / dof), max(dof, LEAST_DOF))
+    runs = [one for _, one in known]
+    counts = np.array([len(one.values) for one in runs])
+    weights = np.array([weight for weight, _ in known])
+    apart = np.concatenate([one.apart for one in runs])
+    limit = FAR * _weighted_median(apart, np.repeat(2 * weights / counts, [len(one.apart) for one in runs]))
+    beside = np.clip(np.concatenate([one.beside for one in runs]), -limit / NORMAL_APART, limit / NORMAL_APART)
+    starts = np.cumsum(counts) - counts
+    sums, squares = np.add.reduceat(beside, starts), np.add.reduceat(beside**2, starts)
+    dof = float(weights @ (counts - 1))
+    return Noise(math.sqrt(float(weights @ np.maximum(squares - sums**2 / counts, 0.0)) / dof), max(dof, LEAST_DOF))
 
 
-def _weighted_median(found: Iterable[tuple[float, float]]) -> float:
-    """The least of the values that has half of the weight up to it; pairs are (value, weight)."""
-    ordered = sorted(found)
-    half, total = sum(weight for _, weight in ordered) / 2, 0.0
-    for value, weight in ordered:
-        total += weight
-        if total >= half * (1 - 1e-12):
-            return value
-    return ordered[-1][0]
+@dataclass(frozen=True)
+class _Runs:
+    """Values of one program, what they are beside their median, and how far apart each two of them are."""
+
+    values: Sequence[float]
+    beside: NDArray[np.float64]
+    apart: NDArray[np.float64]
+
+    @staticmethod
+    def of(values: Sequence[float]) -> _Runs:
+        found = np.array(values)
+        ours, theirs = _two_of(len(values))
+        return _Runs(values, found - median(values), np.abs(found[ours] - found[theirs]))
+
+
+@functools.cache
+def _two_of(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The places of each two of so many."""
+    return np.triu_indices(count, 1)
+
+
+def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """The least of the values that has half of the weight up to it."""
+    order = np.argsort(values, kind="stable")
+    total = np.cumsum(weights[order])
+    return float(values[order[np.searchsorted(total, total[-1] / 2 * (1 - 1e-12))]])
 
 
 CHANGE = 4.0  # standard errors by which a run differs from later ones when something else has changed

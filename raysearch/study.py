@@ -619,9 +619,10 @@ class Study:
 
     def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
         """What the candidate's effect says of changes in general: once, when it is decided."""
-        proposal = state.candidate.proposal
+        if event.verdict is Verdict.RETEST or state.candidate.proposal.carries or self.simplifies(state):
+            return
         known = self.judge(lane, state.base)
-        if event.verdict is Verdict.RETEST or known is None or proposal.carries or self.simplifies(state):
+        if known is None:
             return
         found = [self.screen_evidence(lane, state, known)]
         pairs = self.sound_pairs(lane, state)
