@@ -437,10 +437,6 @@ class Coordinator:
         tip, carried = command.onto, list[Proposal]()
         for candidate in command.candidates:
             proposal = candidate.proposal
-            if command.replaces:
-                tip = candidate.commit
-                carried.append(proposal)
-                continue
             try:
                 patch = self._repo.carry(
                     candidate.commit, base=proposal.base, onto=tip, editable=self._objective.editable
@@ -457,7 +453,7 @@ class Coordinator:
         if not carried:
             return
         first = carried[0]
-        confirmed = self._study.candidate(first.id).verdict is Verdict.KEEP and not command.replaces
+        confirmed = self._study.candidate(first.id).verdict is Verdict.KEEP
         self._record(
             Proposed(
                 Proposal(
@@ -468,8 +464,7 @@ class Coordinator:
                     operator=Operator.COMBINE if confirmed else first.operator,
                     hypothesis=" + ".join(proposal.hypothesis for proposal in carried),
                     proposer=first.proposer,
-                    predicted_delta=first.predicted_delta if len(carried) == 1 and not command.replaces else None,
-                    replaces=command.replaces,
+                    predicted_delta=first.predicted_delta if len(carried) == 1 else None,
                     carries=tuple(proposal.id for proposal in carried),
                 )
             )

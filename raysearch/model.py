@@ -106,7 +106,6 @@ class Proposal:
         patch: Unified diff against `base`.
         predicted_delta: Expected change of the metric, if the proposer said one.
         carries: Candidates whose changes this one carries onto a newer champion; several are a union of wins.
-        replaces: Whether it is the program of the one that it carries as it is, in the place of the champion.
         proposal_s: Seconds that the proposer took.
         model: Language model or coding agent that had the idea; empty for proposers that compute theirs.
         tokens_in, tokens_out: Of that model, what it read and wrote for this idea.
@@ -122,7 +121,6 @@ class Proposal:
     proposer: str
     predicted_delta: float | None = None
     carries: tuple[str, ...] = ()
-    replaces: bool = False
     cost_usd: float = 0.0
     proposal_s: float = 0.0
     source: str = ""

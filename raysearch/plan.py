@@ -80,13 +80,11 @@ class Carry:
     Attributes:
         onto: Commit of the champion, or of a candidate of the frontier.
         champion: Candidate whose tree that is.
-        replaces: Whether the one candidate is put in its place as it is.
     """
 
     candidates: tuple[Candidate, ...]
     onto: str
     champion: str
-    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -315,8 +313,6 @@ def _carry(study: Study, present: Mapping[str, int], *, waits: bool) -> Carry | 
         names = _stranded_wins(study, lane) or _stranded_race(study, lane)
         if names:
             return _onto(study, lane, names, study.candidates[lane.champion])
-        for name in lane.instead:
-            return _onto(study, lane, (name,), study.candidates[lane.champion], replaces=True)
     for slug, lane in study.lanes.items():
         name = _next_dead(study, lane, present.get(slug, 0), waits=waits)
         if name is not None:
@@ -339,9 +335,8 @@ def _next_dead(study: Study, lane: Lane, present: int, *, waits: bool) -> str | 
     return dead if present else None
 
 
-def _onto(study: Study, lane: Lane, names: Sequence[str], head: CandidateState, *, replaces: bool = False) -> Carry:
-    candidates = tuple(study.candidates[name].candidate for name in names)
-    return Carry(candidates, _commit_of(lane, head), head.id, replaces=replaces)
+def _onto(study: Study, lane: Lane, names: Sequence[str], head: CandidateState) -> Carry:
+    return Carry(tuple(study.candidates[name].candidate for name in names), _commit_of(lane, head), head.id)
 
 
 def _stranded_wins(study: Study, lane: Lane) -> tuple[str, ...]:

@@ -192,7 +192,6 @@ class Lane:
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         refusals: Proposals that were refused since anything new was known of the profile.
         unmerged: Wins that are in conflict with the champion.
-        instead: Candidates that the champion does not go with and that look better than it.
         wall_s: About how long a trial takes; None before one was measured.
         started: Trials that were started.
         repeated_at: How many had been started when the champion's latest fresh run was.
@@ -233,7 +232,6 @@ class Lane:
     screens: int = 0
     refusals: int = 0
     unmerged: list[str] = field(default_factory=list[str])
-    instead: dict[str, None] = field(default_factory=dict[str, None])
     wall_s: float | None = None
     started: int = 0
     repeated_at: int = 0
@@ -368,10 +366,8 @@ class Study:
             counted = self._yield(proposal)
             counted.proposals += 1
             counted.spend(proposal)
-        found = self.candidate if proposal.replaces else self._open
-        for carried in [found(name) for name in proposal.carries]:
+        for carried in [self._open(name) for name in proposal.carries]:
             carried.carried_by = proposal.id
-            lane.instead.pop(carried.id, None)
             self._close(lane, carried.id)
         # a part may have lost a member to a conflict before it is carried
         lane.splits = [part for part in lane.splits if not set(part) & set(proposal.carries)]
@@ -415,13 +411,7 @@ class Study:
         self.candidates[candidate.id] = state
         lane.open[candidate.id] = None
         carried = [self.candidate(name) for name in proposal.carries]
-        if proposal.replaces:
-            found = self._beside(lane, carried[0], base)
-            state.verdict = Verdict.RETEST
-            state.reason = f"{proposal.carries[0]} as it is, in the place of what does not go with it"
-            state.gain, state.p_better = (found.gain, found.p_better) if found else (None, None)
-            lane.racing[candidate.id] = None
-        elif carried and all(self.has_credit(one) for one in carried):
+        if carried and all(self.has_credit(one) for one in carried):
             # Each change was better than something on the ratchet; only their merge with the champion is unmeasured.
             state.verdict = Verdict.RETEST
             state.reason = f"better as {' and '.join(proposal.carries)} on what it was built on"
@@ -616,32 +606,10 @@ class Study:
             if won and event.conflict:
                 lane.unmerged.append(event.candidate)
             self._close(lane, event.candidate)
-            self._consider_instead(lane, event)
             if self._union(state.candidate.proposal):
                 self._split(lane, state.candidate.proposal)
             elif state.seconds > 0:
                 self._count_try(lane, state, None)
-
-    def _consider_instead(self, lane: Lane, event: Judged) -> None:
-        """Keeps in mind what does not go with the champion, or what is no better with it, but is better than it."""
-        state = self.candidates[event.candidate]
-        carries = state.candidate.proposal.carries
-        if not event.conflict and (len(carries) != 1 or state.candidate.proposal.replaces):
-            return
-        if not event.conflict:
-            state = self.candidates[carries[0]]
-        found = self._beside(lane, state, lane.champion)
-        if found is not None and found.verdict is Verdict.RETEST:
-            lane.instead[state.id] = None
-
-    def _beside(self, lane: Lane, state: CandidateState, base: str) -> judge.Judgement | None:
-        """What a candidate was measured at, judged against a program that it was not built on; None without runs."""
-        value, values, known = self.value(state.id), lane.fresh.values(base), self.judge(lane, base)
-        if value is None and state.candidate.proposal.replaces:  # the same program
-            value = self.value(state.candidate.proposal.carries[0])
-        if value is None or known is None or not values or self.settings.rules.greedy:
-            return None
-        return known.screen(value, values)
 
     def _count_promising(self, state: CandidateState) -> None:
         """Counts the ideas that a candidate carries as promising, each once."""
@@ -696,7 +664,6 @@ class Study:
             raise InvalidTransition(f"the ratchet of {event.profile} moved to {event.candidate}, which is {state}")
         lane.champion, lane.champion_commit = event.candidate, event.commit
         lane.wins.append(Win(event.candidate, event.commit, at))
-        lane.instead.clear()
         self._by_commit[f"{event.profile}:{event.commit}"] = event.candidate
         state.ratchet_commit = event.commit
         self._close(lane, event.candidate)
