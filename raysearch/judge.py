@@ -294,8 +294,6 @@ PSEUDO_BETTER = 0.25  # its share of improvements; in the published H100 run 22 
 MOST_DOF = 60  # beyond it t is as good as normal, and a likelihood could become 0
 MEMORY = 150.0  # candidates after which an old one counts 1/e: late in a search less helps than early
 FADE = math.exp(-1 / MEMORY)
-LIKE_ALL = 6.0  # candidates that all of them count for in the prior of a kind
-FORESEEN = (0.25, 1.0)  # σ; candidates that are predicted to gain less, as much, and more are of different kinds
 
 
 @functools.cache
@@ -342,24 +340,9 @@ class Prior:
             counts[side + rank if place >= most else side - rank] += count
         return Prior(tuple(counts), self.unit * RATIO**-places)
 
-    def of_kind(self, kind: Prior | None) -> tuple[Prior, Prior]:
-        """The counts of a kind of candidates in the unit of these, which are of all, and the prior of that kind.
-
-        Where few of a kind were seen, all of them stand in: they count for `LIKE_ALL` candidates of it.
-        """
-        own = Prior(unit=self.unit) if kind is None or self.unit is None else kind.at(self.unit)
-        share = LIKE_ALL / sum(self.counts)
-        known = zip(own.counts, _first_counts(), self.counts, strict=True)
-        return own, Prior(tuple([count - base + share * of_all for count, base, of_all in known]), self.unit)
-
-    def learned(self, *found: Evidence, known: Prior | None = None) -> Prior:
-        """The prior after one more candidate: each effect counts as far as the evidence speaks for it (online EM).
-
-        Args:
-            found: What was found of it.
-            known: The prior to weigh that by, if it is another one: that of the candidate's kind.
-        """
-        posterior = (known or self).posterior(*found)
+    def learned(self, *found: Evidence) -> Prior:
+        """The prior after one more candidate: each effect counts as far as the evidence speaks for it (online EM)."""
+        posterior = self.posterior(*found)
         faded = zip(_first_counts(), self.counts, posterior, strict=True)
         return Prior(tuple([base + (count - base) * FADE + share for base, count, share in faded]), self.unit)
 
@@ -403,20 +386,6 @@ class Evidence:
             (1 + (gain - effect) ** 2 / (dof * (own + more))) ** power * (own / (own + more)) ** 0.5
             for effect, more in zip(EFFECTS, _WIDTHS, strict=True)
         ]
-
-
-def kind(proposer: str, gain: float | None, sigma: float) -> str:
-    """The kind of a candidate by what was predicted of it; of those that are to gain nothing there is one.
-
-    What a proposer predicts is believed as far as it has been right: each kind has a prior of its own.
-
-    Args:
-        proposer: Who predicts.
-        gain: The improvement that is predicted, in units of the metric; None without a prediction.
-        sigma: Of single runs.
-    """
-    level = sum(gain > least * sigma for least in FORESEEN) if gain is not None else 0
-    return f"{proposer} {level}" if level else ""
 
 
 # ---- verdicts ----

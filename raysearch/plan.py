@@ -214,7 +214,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
     if run.value is None:
         outcome = run.outcome.value if run.outcome else ""
         return Judged(state.id, Verdict.DISCARD, f"{outcome}: {run.reason}")
-    known = study.judge(lane, state.base, state.candidate.proposal)
+    known = study.judge(lane, state.base)
     base_values = study.base_values(lane, state)
     if known is None or not (base_values or study.settings.rules.greedy):
         return None
@@ -230,7 +230,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
 
 
 def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | None:
-    known = study.judge(lane, state.base, state.candidate.proposal)
+    known = study.judge(lane, state.base)
     runs = [study.trials[name] for name in state.races]
     failed = next((run for run in runs if run.outcome is not None and run.value is None), None)
     if failed is not None:

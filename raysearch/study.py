@@ -221,7 +221,6 @@ class Lane:
     fresh_runs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     differences: judge.Replicates = field(default_factory=judge.Replicates)
     prior: judge.Prior = field(default_factory=judge.Prior)
-    priors: dict[str, judge.Prior] = field(default_factory=dict[str, judge.Prior])  # by `judge.kind`
     rivals: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     halves: judge.Replicates = field(default_factory=judge.Replicates)
     tallies: dict[Arm, Tally] = field(default_factory=dict[Arm, Tally])
@@ -622,7 +621,7 @@ class Study:
         """What the candidate's effect says of changes in general: once, when it is decided."""
         if event.verdict is Verdict.RETEST or state.candidate.proposal.carries or self.simplifies(state):
             return
-        known = self.judge(lane, state.base, state.candidate.proposal)
+        known = self.judge(lane, state.base)
         if known is None:
             return
         found = [self.screen_evidence(lane, state, known)]
@@ -631,11 +630,7 @@ class Study:
             found.append(known.raced(pairs))
         evidence = [one for one in found if one is not None]
         if evidence:
-            kind = self._kind(state.candidate.proposal, known.noise)
-            of_all = lane.prior.at(known.noise.sigma)
-            own, prior = of_all.of_kind(lane.priors.get(kind))
-            lane.prior = of_all.learned(*evidence, known=prior)
-            lane.priors[kind] = own.learned(*evidence, known=prior)
+            lane.prior = known.prior.learned(*evidence)
 
     def _split(self, lane: Lane, union: Proposal) -> None:
         """Opens the members of a union that fell short again, to be carried in two halves."""
@@ -803,27 +798,13 @@ class Study:
         """Noise of a program and of those near to it in the lineage: of the champion, unless another one is named."""
         return lane.fresh.noise(self.candidates[base or lane.champion].step)
 
-    def judge(self, lane: Lane, base: str, proposal: Proposal | None = None) -> judge.Judge | None:
-        """The judge of what is built on a program; None before the profile's baseline has shown its noise.
-
-        Args:
-            lane: The profile's.
-            base: The program.
-            proposal: What is judged; without it the judge knows what changes in general are worth.
-        """
+    def judge(self, lane: Lane, base: str) -> judge.Judge | None:
+        """The judge of what is built on a program; None before the profile's baseline has shown its noise."""
         noise = self.noise(lane, base)
         if noise is None or not self.baseline_done(lane):
             return None
         paired = judge.pair_noise(noise, lane.differences.noise(self.candidates[base].step))
-        prior = lane.prior.at(noise.sigma)
-        if proposal is not None:
-            _, prior = prior.of_kind(lane.priors.get(self._kind(proposal, noise)))
-        return judge.Judge(noise, paired, prior, self.settings.direction, self.settings.rules)
-
-    def _kind(self, proposal: Proposal, noise: judge.Noise) -> str:
-        predicted = proposal.predicted_delta
-        gain = None if predicted is None else judge.gain_of(predicted, self.settings.direction)
-        return judge.kind(proposal.proposer, gain, noise.sigma)
+        return judge.Judge(noise, paired, lane.prior.at(noise.sigma), self.settings.direction, self.settings.rules)
 
     def simplifies(self, state: CandidateState) -> bool:
         """Whether a candidate only has to be no worse: it was made to be smaller, and is."""
