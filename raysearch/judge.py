@@ -102,6 +102,7 @@ class Replicates:
     _steps: dict[int, dict[str, None]] = field(default_factory=dict[int, dict[str, None]])  # those with replicates
     _known: dict[int, Noise | None] = field(default_factory=dict[int, "Noise | None"], compare=False, repr=False)
     _runs: dict[str, _Runs] = field(default_factory=dict[str, "_Runs"], compare=False, repr=False)
+    _sound: dict[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]], compare=False, repr=False)
 
     def add(self, name: str, value: float, *, step: int = 0) -> None:
         """Takes in one value of a program at a step of the lineage."""
@@ -126,6 +127,7 @@ class Replicates:
 
     def _forget(self, name: str) -> None:
         self._known.clear()
+        self._sound.clear()
         self._runs.pop(name, None)
 
     def values(self, name: str) -> Sequence[float]:
@@ -135,6 +137,22 @@ class Replicates:
     def mean(self, name: str) -> float | None:
         """Mean of a program's values."""
         return self._means[name] if self._values.get(name) else None
+
+    def sound(self, name: str, step: int) -> Sequence[float]:
+        """What a program gives now: its values that others back, since they last changed; see `backed` and `current`.
+
+        Args:
+            name: Of the program.
+            step: Its step of the lineage.
+        """
+        if name not in self._sound:
+            values, noise = self.values(name), self.noise(step)
+            if noise is not None:
+                agree = backed(values, noise.sigma)
+                found = [value for value, is_backed in zip(values, agree, strict=True) if is_backed]
+                values = current(found or values, noise.sigma)
+            self._sound[name] = tuple(values)
+        return self._sound[name]
 
     def noise(self, step: int = 0) -> Noise | None:
         """σ of the programs at a step of the lineage, see `local_noise`; None without replicates of any program."""

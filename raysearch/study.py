@@ -822,12 +822,7 @@ class Study:
 
     def base_values(self, lane: Lane, state: CandidateState) -> Sequence[float]:
         """Fresh values of what a candidate was built on: those that others back, since the machine last changed."""
-        noise = self.noise(lane, state.base)
-        values = lane.fresh.values(state.base)
-        if noise is None:
-            return values
-        sound = [value for value, is_backed in zip(values, judge.backed(values, noise.sigma), strict=True) if is_backed]
-        return judge.current(sound or values, noise.sigma)
+        return lane.fresh.sound(state.base, self.candidates[state.base].step)
 
     def race_pairs(self, state: CandidateState) -> list[tuple[float, float]]:
         """The pairs of a candidate's race that were measured on both sides."""
@@ -836,7 +831,8 @@ class Study:
 
     def sound_pairs(self, lane: Lane, state: CandidateState) -> list[tuple[float, float]]:
         """Those of them whose other side agrees with another run of its program."""
-        pairs, noise = self.race_pairs(state), self.noise(lane, state.base)
+        pairs = self.race_pairs(state)
+        noise = self.noise(lane, state.base) if pairs else None
         if noise is None:
             return pairs
         values = [*lane.fresh.values(state.base)]
