@@ -258,6 +258,18 @@ def test_what_is_otherwise_here_is_learned_and_the_rest_is_shared(straight: None
     assert shared._own > 2 * alike._own
 
 
+def test_the_runs_of_many_profiles_do_not_make_it_slow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(knob_model, "MODELLED", 40)
+    model, chance, rows = told(60), random.Random(2), list[int]()
+    for number in range(240):
+        values = near(chance)
+        model.add(values, truth(values), where=f"card {number % 4}")
+    fitted = model._posterior
+    monkeypatch.setattr(model, "_posterior", lambda data: (rows.append(len(data.rows)), fitted(data))[1])
+    assert np.isfinite(weighed(model, OPTIONS).mean).all()
+    assert set(rows) == {80}
+
+
 def test_it_says_nothing_of_here_from_runs_elsewhere_alone():
     assert of_two(knob_model.LEAST - 1, 50, truth).moves(FIRST, OPTIONS) is None
 

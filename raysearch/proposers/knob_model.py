@@ -31,7 +31,7 @@ Fits = Callable[[Values], bool]
 
 SCALES = ((1.0, 4), (0.3, 7))  # length of each kernel, in ranges of a knob, and how many features stand for it
 GRID = np.linspace(0.0, 1.0, 25)  # places between which the features interpolate
-MODELLED = 1000  # runs, the latest ones
+MODELLED = 1000  # runs, the latest ones; as many of all other profiles together
 HERE = ""  # the profile that a model is of, among those that runs are from
 GROUPS = 32  # texts of the code that have an offset of their own; those of the others are noise
 LEAST = 4  # runs, before which nothing is said
@@ -224,7 +224,9 @@ class KnobModel:
 
     def _fitted(self) -> _Fit:
         if self._fit is None:
-            data = _Data(self._runs, self._blocks)
+            most = MODELLED // max(1, len(self._runs) - 1)
+            seen = {where: runs if where == HERE else list(runs)[-most:] for where, runs in self._runs.items()}
+            data = _Data(seen, self._blocks)
             if len(self) >= GROWTH * self._learned:
                 for _ in range(ITERATIONS if self._learned else FIRST_ITERATIONS):
                     self._learn(data)
