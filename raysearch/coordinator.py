@@ -782,14 +782,15 @@ class Coordinator:
         self._tell(state.trial, result.outcome, result.measurement)
 
     def _tell(self, trial: Trial, outcome: Outcome, measurement: Measurement | None) -> None:
-        """Lets the proposer learn from first runs; pairs are selected, and would count a program twice."""
-        if trial.purpose not in (Purpose.SCREEN, Purpose.BASELINE) or outcome.is_infrastructure:
+        """Lets the proposers learn from a run."""
+        if outcome.is_infrastructure:
             return
         value = measurement.value if measurement else None
+        is_replicate = trial.purpose not in (Purpose.SCREEN, Purpose.BASELINE)
         repo, editable = self._repo, self._objective.editable
         # read by the first of the proposers' threads that comes to it, once for all of them
         told = functools.cache(
-            lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value, trial.id)
+            lambda: Told(trial.profile, repo.files(trial.commit, editable), outcome, value, trial.id, is_replicate)
         )
         for asker in self._askers.values():
             asker.tell(told)

@@ -273,14 +273,12 @@ def test_who_wants_a_brief_gets_one_of_the_moment_of_the_ask(tmp_path: Path):
         assert "`score`: lower is better" in request.task
         assert "never run" in request.task
     assert max(one.runs for one in found if one is not None) >= 3
-    told = {run.trial for run in proposer.told}
-    ended = {
-        name
-        for name, run in toy.study.trials.items()
-        if run.trial.purpose.value in ("screen", "baseline") and run.outcome is not None
-    }
-    assert told <= ended
-    assert len(ended - told) <= 2  # the end of a study waits for nobody who has yet to hear of the last runs
+    told = {run.trial: run.is_replicate for run in proposer.told}
+    ended = {name: run.trial.purpose.value for name, run in toy.study.trials.items() if run.outcome is not None}
+    assert told.keys() <= ended.keys()
+    assert all(told[name] == (ended[name] in ("race", "reference")) for name in told)
+    assert set(told.values()) == {True, False}
+    assert len(ended.keys() - told) <= 2  # the end of a study waits for nobody who has yet to hear of the last runs
 
 
 def test_who_does_not_want_a_brief_gets_none(tmp_path: Path):

@@ -729,6 +729,27 @@ def test_the_model_of_a_profile_learns_from_runs_on_another_one(asked_first: boo
     assert median(lost[True]) < 0.7 * median(lost[False])
 
 
+def told_of_a_lucky_one(proposer: Proposer, *, replicates: int) -> list[Idea]:
+    """What is proposed after runs of no effect and one that was lucky in its first run, and not in its later ones."""
+    bench, chance = Bench(proposer, champion=SIX), random.Random(1)
+    for _ in range(20):
+        bench.tell(rewrite(SIX, {name: chance.uniform(0.1, 0.9) for name in chance.sample("ABCDEF", 2)}), 1.0)
+    lucky = rewrite(SIX, {"A": 0.1, "B": 0.5})
+    bench.tell(lucky, 0.0)
+    for number in range(replicates):
+        value = 1.0 + number / 1000
+        proposer.tell(Told("cpu", {"train.py": lucky}, Outcome.MEASURED, value, f"pair{number}", is_replicate=True))
+    return bench.ask(8)
+
+
+def test_replicates_teach_the_model_and_are_no_programs_to_a_searcher():
+    first, last = (told_of_a_lucky_one(AdditiveProposer(seed=1), replicates=count) for count in (0, 20))
+    most = [max(-(idea.predicted_delta or 0.0) for idea in ideas) for ideas in (first, last)]
+    assert most[1] < 0.5 * most[0]
+    first, last = (told_of_a_lucky_one(TuneProposer(seed=1), replicates=count) for count in (0, 20))
+    assert [idea.patch for idea in first] == [idea.patch for idea in last]
+
+
 def test_the_direction_of_the_metric_is_heeded():
     """Told the same scores, TPE goes where they are low, or where they are high."""
     ends: dict[Direction, list[float]] = {direction: [] for direction in Direction}

@@ -105,6 +105,7 @@ class Told:
     Attributes:
         value: The metric, None unless measured.
         trial: Id of the run; one that is told again replaces what was told before.
+        is_replicate: Whether the program had its first run before: what is looked for among programs counts it once.
     """
 
     profile: str
@@ -112,6 +113,7 @@ class Told:
     outcome: Outcome
     value: float | None
     trial: str = ""
+    is_replicate: bool = False
 
 
 class SpentUp(Exception):

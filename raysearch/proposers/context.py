@@ -86,8 +86,9 @@ class Teller:
         self._runs = Runs()
 
     def tell(self, told: Told) -> None:
-        """Takes in how a program did, from any thread."""
-        self._runs.add(told)
+        """Takes in how a program did in its first run, from any thread."""
+        if not told.is_replicate:
+            self._runs.add(told)
 
     def __call__(self, request: Request, tokens: int) -> str:
         """See `context`."""

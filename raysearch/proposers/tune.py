@@ -102,7 +102,9 @@ class TuneProposer(Proposer):
         return sieve.ideas(self.name, find)
 
     def tell(self, told: Told) -> None:
-        """Adds a run to what the profile's searcher knows, whoever proposed it."""
+        """Adds a first run to what the profile's searcher knows, whoever proposed it."""
+        if told.is_replicate:  # a searcher would take it for another program
+            return
         space = self._spaces.setdefault(told.profile, _Space())
         run = Run.of(told, self._path)
         space.known.add(run)
