@@ -91,7 +91,8 @@ class AdditiveProposer(Proposer):
         """Tells the model of a profile, if there is one, of a run on that profile or on another one."""
         model = self._spaces[profile].model
         if model is not None and run.value is not None and (profile == ran_on or self._elsewhere):
-            model.add(run.values, run.value, code=run.code, where=HERE if profile == ran_on else ran_on)
+            where = HERE if profile == ran_on else ran_on
+            model.add(run.values, run.value, code=run.code, where=where, is_replicate=run.is_replicate)
 
     def _found(
         self, sieve: Sieve, moves: Moves | None, counts: tuple[int, ...], sure: float, *, sign: float

@@ -183,7 +183,9 @@ class KnobModel:
         """Whether it was told of runs elsewhere."""
         return len(self._runs) > 1
 
-    def add(self, values: Values, value: float, *, code: str = "", where: str = HERE) -> None:
+    def add(
+        self, values: Values, value: float, *, code: str = "", where: str = HERE, is_replicate: bool = False
+    ) -> None:
         """Takes in a run.
 
         Args:
@@ -191,9 +193,10 @@ class KnobModel:
             value: The metric, finite.
             code: What the program is but for its knobs.
             where: The profile that it was run on, if it is not the model's.
+            is_replicate: Whether the program was run before: where runs lie is said by programs, each once.
         """
         runs = self._runs.setdefault(where, deque(maxlen=MODELLED))
-        runs.append(_Seen(self._row(values), code, self._sign * value))
+        runs.append(_Seen(self._row(values), code, self._sign * value, is_replicate))
         self._fit = None
 
     def _row(self, values: Values) -> Array:
@@ -330,6 +333,7 @@ class _Seen(NamedTuple):
     row: Array
     code: str
     value: float
+    is_replicate: bool
 
 
 class _Data:
@@ -350,9 +354,13 @@ class _Data:
     def __init__(self, seen: Mapping[str, Sequence[_Seen]], blocks: Sequence[slice]) -> None:
         runs = [run for some in seen.values() for run in some]
         raws = [np.array([run.value for run in some]) for some in seen.values()]
-        apart = np.concatenate([raw - np.median(raw) for raw in raws])
+        firsts = [
+            np.array([run.value for run in some if not run.is_replicate] or raw)
+            for some, raw in zip(seen.values(), raws, strict=True)
+        ]
+        apart = np.concatenate([first - np.median(first) for first in firsts])
         self.scale = float(np.median(np.abs(apart))) or float(apart.std()) or 1.0
-        self._above = [_Above(raw, self.scale) for raw in raws]
+        self._above = [_Above(raw, first, self.scale) for raw, first in zip(raws, firsts, strict=True)]
         self.curve = self._above[0].curve
         self.values = np.concatenate([above.values for above in self._above])
         self.above = np.maximum(self.values, 0.0)
@@ -380,16 +388,16 @@ class _Data:
 
 
 class _Above:
-    """How far runs of one profile are above the best ones.
+    """How far runs of one profile are above the best ones of the first runs.
 
     Attributes:
         curve: How far the floor lies below the best runs, in units of the metric.
         values: `_bent`, in units of the spread, at most `FAR`, (runs,).
     """
 
-    def __init__(self, raw: Array, spread: float) -> None:
-        best = float(np.quantile(raw, 0.1))
-        gained = float(raw[:FIRST_RUNS].mean()) - best
+    def __init__(self, raw: Array, first: Array, spread: float) -> None:
+        best = float(np.quantile(first, 0.1))
+        gained = float(first[:FIRST_RUNS].mean()) - best
         self.curve = max(CURVE * gained, LEAST_CURVE * spread)
         self.values = np.minimum(_bent(raw - best, self.curve) / spread, FAR)
 

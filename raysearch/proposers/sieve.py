@@ -38,17 +38,19 @@ Found = tuple[Values, float | None]  # values of all knobs, and the change of th
 
 
 class Run(NamedTuple):
-    """A run that was told: knobs, metric (None: it failed), and what the program is but for its knobs."""
+    """A run that was told: knobs, metric (None: it failed), what the program is but for its knobs, if it ran before."""
 
     values: Values
     value: float | None
     code: str = ""
+    is_replicate: bool = False
 
     @classmethod
     def of(cls, told: Told, path: str, *, code: str = "") -> Run:
         """The run that was told, by the knobs of one file; a number that is none is a failure."""
         values: Values = {name: knob.value for name, knob in read_knobs(told.files[path]).items()}
-        return cls(values, told.value if told.value is not None and math.isfinite(told.value) else None, code)
+        value = told.value if told.value is not None and math.isfinite(told.value) else None
+        return cls(values, value, code, told.is_replicate)
 
 
 @dataclass
