@@ -782,7 +782,7 @@ class Coordinator:
         self._tell(state.trial, result.outcome, result.measurement)
 
     def _tell(self, trial: Trial, outcome: Outcome, measurement: Measurement | None) -> None:
-        """Lets the proposers learn from a run."""
+        """Lets the proposers learn from a run; those of races are marked, since they would count a program twice."""
         if outcome.is_infrastructure:
             return
         value = measurement.value if measurement else None

@@ -196,6 +196,7 @@ def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None
 
 
 def _pooled(known: Sequence[tuple[float, _Runs]]) -> Noise | None:
+    """See `local_noise`."""
     if not known:
         return None
     runs = [one for _, one in known]
@@ -220,6 +221,7 @@ class _Runs:
 
     @staticmethod
     def of(values: Sequence[float]) -> _Runs:
+        """From at least two values."""
         found = np.array(values)
         ours, theirs = _two_of(len(values))
         return _Runs(values, found - median(values), np.abs(found[ours] - found[theirs]))

@@ -105,7 +105,7 @@ class Told:
     Attributes:
         value: The metric, None unless measured.
         trial: Id of the run; one that is told again replaces what was told before.
-        is_replicate: Whether the program had its first run before: what is looked for among programs counts it once.
+        is_replicate: Whether it is a run of a race, on either side: of programs that were chosen, again and again.
     """
 
     profile: str

@@ -193,7 +193,7 @@ class KnobModel:
             value: The metric, finite.
             code: What the program is but for its knobs.
             where: The profile that it was run on, if it is not the model's.
-            is_replicate: Whether the program was run before: where runs lie is said by programs, each once.
+            is_replicate: Whether it was run for a race: where runs lie is said by first runs alone.
         """
         runs = self._runs.setdefault(where, deque(maxlen=MODELLED))
         runs.append(_Seen(self._row(values), code, self._sign * value, is_replicate))
