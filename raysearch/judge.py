@@ -101,7 +101,7 @@ class Replicates:
     _means: dict[str, float] = field(default_factory=dict[str, float])
     _steps: dict[int, dict[str, None]] = field(default_factory=dict[int, dict[str, None]])  # those with replicates
     _known: dict[int, Noise | None] = field(default_factory=dict[int, "Noise | None"], compare=False, repr=False)
-    _runs: dict[str, _Runs] = field(default_factory=dict[str, "_Runs"], compare=False, repr=False)
+    _runs: dict[str, Repeated] = field(default_factory=dict[str, "Repeated"], compare=False, repr=False)
     _sound: dict[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]], compare=False, repr=False)
 
     def add(self, name: str, value: float, *, step: int = 0) -> None:
@@ -165,15 +165,15 @@ class Replicates:
             ]
             inherited = sum(weight * (len(runs.values) - 1) for weight, runs in groups if weight < 1.0)
             share = min(1.0, INHERITED_DOF / inherited) if inherited else 1.0
-            self._known[step] = _pooled([(weight * share if weight < 1.0 else 1.0, runs) for weight, runs in groups])
+            self._known[step] = local_noise((weight * share if weight < 1.0 else 1.0, runs) for weight, runs in groups)
         return self._known[step]
 
-    def _run(self, name: str) -> _Runs:
-        self._runs[name] = runs = _Runs.of(self._values[name][-NEAR_VALUES:])
+    def _run(self, name: str) -> Repeated:
+        self._runs[name] = runs = Repeated.of(self._values[name][-NEAR_VALUES:])
         return runs
 
 
-def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None:
+def local_noise(groups: Iterable[tuple[float, Repeated]]) -> Noise | None:
     """Estimates σ where the noise changes slowly, and where some of the runs may be spoilt.
 
     Variances are pooled with weights that fall with the distance: σ² = Σ w SS / Σ w (n - 1), with as many degrees of
@@ -187,24 +187,21 @@ def local_noise(groups: Iterable[tuple[float, Sequence[float]]]) -> Noise | None
     Croux, JASA 88, 1993).
 
     Args:
-        groups: (weight, values) of each program; a group of one tells nothing.
+        groups: (weight, values) of each program; a single value tells nothing.
 
     Returns:
         None without replicates; never less than `LEAST_DOF` degrees of freedom.
     """
-    return _pooled([(weight, _Runs.of(values)) for weight, values in groups if len(values) > 1])
-
-
-def _pooled(known: Sequence[tuple[float, _Runs]]) -> Noise | None:
-    """See `local_noise`."""
+    known = [(weight, one) for weight, one in groups if len(one.values) > 1]
     if not known:
         return None
     runs = [one for _, one in known]
     counts = np.array([len(one.values) for one in runs])
     weights = np.array([weight for weight, _ in known])
     apart = np.concatenate([one.apart for one in runs])
-    limit = FAR * _weighted_median(apart, np.repeat(2 * weights / counts, [len(one.apart) for one in runs]))
-    beside = np.clip(np.concatenate([one.beside for one in runs]), -limit / NORMAL_APART, limit / NORMAL_APART)
+    middle = _weighted_median(apart, np.repeat(2 * weights / counts, [len(one.apart) for one in runs]))
+    limit = FAR * middle / NORMAL_APART
+    beside = np.clip(np.concatenate([one.beside for one in runs]), -limit, limit)
     starts = np.cumsum(counts) - counts
     sums, squares = np.add.reduceat(beside, starts), np.add.reduceat(beside**2, starts)
     dof = float(weights @ (counts - 1))
@@ -212,7 +209,7 @@ def _pooled(known: Sequence[tuple[float, _Runs]]) -> Noise | None:
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Repeated:
     """Values of one program, what they are beside their median, and how far apart each two of them are."""
 
     values: Sequence[float]
@@ -220,11 +217,11 @@ class _Runs:
     apart: NDArray[np.float64]
 
     @staticmethod
-    def of(values: Sequence[float]) -> _Runs:
-        """From at least two values."""
+    def of(values: Sequence[float]) -> Repeated:
+        """Of one value or more."""
         found = np.array(values)
         ours, theirs = _two_of(len(values))
-        return _Runs(values, found - median(values), np.abs(found[ours] - found[theirs]))
+        return Repeated(values, found - median(values), np.abs(found[ours] - found[theirs]))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from raysearch.judge import (
     Judge,
     Noise,
     Prior,
+    Repeated,
     Replicates,
     Rules,
     backed,
@@ -32,6 +33,10 @@ MIN, MAX = Direction.MINIMIZE, Direction.MAXIMIZE
 KNOWN = Noise(0.01, 20)
 
 
+def noise_of(groups: Sequence[tuple[float, Sequence[float]]]) -> Noise | None:
+    return local_noise((weight, Repeated.of(values)) for weight, values in groups if values)
+
+
 def a_judge(noise: Noise = KNOWN, *, direction: Direction = MIN, prior: Prior | None = None, **rules: float) -> Judge:
     return Judge(noise, pair_noise(noise, None), prior or Prior(), direction, replace(Rules(), **rules))
 
@@ -41,21 +46,21 @@ def a_judge(noise: Noise = KNOWN, *, direction: Direction = MIN, prior: Prior | 
 
 def test_the_noise_of_one_program_is_its_standard_deviation():
     values = [1.0, 1.1, 0.9, 1.3]
-    assert local_noise([(1.0, values)]) == Noise(pytest.approx(stdev(values)), 3)  # pyright: ignore[reportArgumentType]
+    assert noise_of([(1.0, values)]) == Noise(pytest.approx(stdev(values)), 3)  # pyright: ignore[reportArgumentType]
 
 
 def test_noise_does_not_see_differences_between_programs():
-    noise = local_noise([(1.0, [1.0, 1.2]), (1.0, [5.0, 5.2]), (1.0, [9.0])])
+    noise = noise_of([(1.0, [1.0, 1.2]), (1.0, [5.0, 5.2]), (1.0, [9.0])])
     assert noise == Noise(pytest.approx(math.sqrt(0.02)), 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_no_replicates_no_noise():
-    assert local_noise([(1.0, [1.0]), (1.0, [2.0])]) is None
+    assert noise_of([(1.0, [1.0]), (1.0, [2.0])]) is None
     assert Replicates().noise() is None
 
 
 def test_the_variances_of_programs_count_by_their_weights():
-    noise = local_noise([(1.0, [0.0, 0.2]), (0.5, [0.0, 0.1])])
+    noise = noise_of([(1.0, [0.0, 0.2]), (0.5, [0.0, 0.1])])
     assert noise == Noise(pytest.approx(math.sqrt((0.02 + 0.5 * 0.005) / 1.5)), 1.5)  # pyright: ignore[reportArgumentType]
 
 
@@ -97,7 +102,7 @@ def test_a_single_slow_run_does_not_make_everything_look_noisy(others: int, most
     draw = random.Random(2)
     found: list[float] = []
     for _ in range(200):
-        noise = local_noise([(1.0, [20.0, *(draw.gauss(0.0, 1.0) for _ in range(others))])])
+        noise = noise_of([(1.0, [20.0, *(draw.gauss(0.0, 1.0) for _ in range(others))])])
         assert noise is not None
         found.append(noise.sigma)
     assert median(found) < most
@@ -106,7 +111,7 @@ def test_a_single_slow_run_does_not_make_everything_look_noisy(others: int, most
 @pytest.mark.parametrize("count", [3, 4, 6, 12])
 def test_what_keeps_slow_runs_from_counting_takes_next_to_nothing_from_plain_noise(count: int):
     draw = random.Random(3)
-    found = [local_noise([(1.0, [draw.gauss(0.0, 1.0) for _ in range(count)])]) for _ in range(3000)]
+    found = [noise_of([(1.0, [draw.gauss(0.0, 1.0) for _ in range(count)])]) for _ in range(3000)]
     assert fmean(one.sigma**2 for one in found if one) == pytest.approx(1.0, abs=0.15)
 
 
@@ -131,7 +136,7 @@ def test_replicates_added_and_taken_out_again_are_those_that_are_left(
         if place < len(left):
             replicates.remove(*left.pop(place))
     groups = {name: [value for other, value in left if other == name] for name in "abc"}
-    scratch, found = local_noise((1.0, values) for values in groups.values()), replicates.noise()
+    scratch, found = noise_of([(1.0, values) for values in groups.values()]), replicates.noise()
     assert (found and found.dof) == (scratch and scratch.dof)
     if found and scratch:
         assert found.sigma == pytest.approx(scratch.sigma, abs=1e-5)

@@ -38,7 +38,7 @@ Found = tuple[Values, float | None]  # values of all knobs, and the change of th
 
 
 class Run(NamedTuple):
-    """A run that was told: knobs, metric (None: it failed), what the program is but for its knobs, if it ran before."""
+    """A run that was told: knobs, metric (None: it failed), code without the knobs, and whether it was a race's."""
 
     values: Values
     value: float | None
