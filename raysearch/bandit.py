@@ -37,12 +37,14 @@ class Tally:
         wins: Those that were kept.
         gain: Sum of their confirmed gains, in units of the metric, positive is better.
         seconds: Slot time spent on all of its candidates, races included.
+        hopes: Sum of P(better) of the others: late in a search wins are too rare to tell arms apart (docs/adr/0034).
     """
 
     tries: float = 0.0
     wins: float = 0.0
     gain: float = 0.0
     seconds: float = 0.0
+    hopes: float = 0.0
 
 
 def tried(
@@ -51,6 +53,7 @@ def tried(
     *,
     seconds: float,
     gain: float | None = None,
+    p_better: float = 0.0,
     half_life_tries: float = HALF_LIFE_TRIES,
 ) -> dict[Arm, Tally]:
     """The tallies after one more candidate was judged; what came before counts a little less, in every arm.
@@ -61,6 +64,7 @@ def tried(
         seconds: Slot time that the candidate took in all.
         gain: Confirmed gain of a candidate that was kept; None for any other. A kept one without gain (an equal and
             smaller program) is 0.
+        p_better: Posterior probability that a candidate that was not kept is an improvement all the same.
         half_life_tries: After so many tries, of whatever arms, a try counts half.
     """
     aged = {other: discounted(tally, tries=1, half_life_tries=half_life_tries) for other, tally in tallies.items()}
@@ -70,6 +74,7 @@ def tried(
         wins=old.wins + (gain is not None),
         gain=old.gain + (gain or 0.0),
         seconds=old.seconds + seconds,
+        hopes=old.hopes + (p_better if gain is None else 0.0),
     )
     return aged
 
@@ -77,7 +82,7 @@ def tried(
 def discounted(tally: Tally, *, tries: float, half_life_tries: float = HALF_LIFE_TRIES) -> Tally:
     """The tally as it counts after so many more tries of whatever arms."""
     kept = 0.5 ** (tries / half_life_tries)
-    return Tally(tally.tries * kept, tally.wins * kept, tally.gain * kept, tally.seconds * kept)
+    return Tally(tally.tries * kept, tally.wins * kept, tally.gain * kept, tally.seconds * kept, tally.hopes * kept)
 
 
 def order(
@@ -114,10 +119,11 @@ def order(
 def _worth(tally: Tally, pooled: Tally, draw: Callable[[], float]) -> float:
     """A draw of the confirmed gain per second that the arm will have."""
     # a win may be counted for longer than its try, hence the bound
-    rate = min(0.99, (pooled.wins + FIRST_RATE * FIRST_TRIES) / (pooled.tries + FIRST_TRIES))
-    losses = max(0.0, tally.tries - tally.wins)
+    rate = min(0.99, (pooled.wins + pooled.hopes + FIRST_RATE * FIRST_TRIES) / (pooled.tries + FIRST_TRIES))
+    hits = tally.wins + tally.hopes
+    losses = max(0.0, tally.tries - hits)
     prior_wins = max(LEAST_WINS, PRIOR_TRIES * rate)
-    success = _beta(tally.wins + prior_wins, losses + PRIOR_TRIES * (1 - rate), draw)
+    success = _beta(hits + prior_wins, losses + PRIOR_TRIES * (1 - rate), draw)
     gain = _shrunk(tally.gain, tally.wins, of_all=_mean(pooled.gain, pooled.wins), weight=PRIOR_WINS)
     seconds = _shrunk(tally.seconds, tally.tries, of_all=_mean(pooled.seconds, pooled.tries), weight=PRIOR_TRIES)
     return success * max(0.0, gain) / max(seconds, 1e-9)
@@ -140,6 +146,7 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
             wins=total.wins + tally.wins,
             gain=total.gain + tally.gain,
             seconds=total.seconds + tally.seconds,
+            hopes=total.hopes + tally.hopes,
         )
     return total
 

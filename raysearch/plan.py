@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from raysearch import judge, schedule
+from raysearch import bandit, judge, schedule
+from raysearch.bandit import Arm
 from raysearch.model import (
     Candidate,
     Event,
@@ -35,6 +36,7 @@ LINE_SHARE = 8  # one proposal waits for so many slots, where proposers answer a
 RUSH_SHARE = 0.05  # of a trial's duration: what the last slot may wait for its proposal if all trials end together
 TIDYING = ("ablate", "simplify")  # proposers that take back or take away
 TIDY_AFTER = 5  # steps of a ratchet from which they are asked
+MOST_DRAWS = 32  # of the bandit, by which the line is shared between those that keep it
 SIDE_SHARE = 4  # a proposer beside the first one has one proposal in line for so many slots
 
 
@@ -377,7 +379,7 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
     """Proposals in line, so that each slot finds its next trial: as many as are needed, since what waits grows stale.
 
     The first one that answers at once keeps the line filled, whoever has proposals in it; the two that move knobs
-    do it together, half and half, for the bandit to choose between them (docs/adr/0030). Those that take their time
+    do it together, in the shares that the bandit gives them (docs/adr/0030, 0034). Those that take their time
     are asked ahead (docs/adr/0022), for lines of their own: what others have in line does not hold them back.
 
     Args:
@@ -399,12 +401,13 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
     lines, side = Counter(lane.line.values()), -(-present // SIDE_SHARE)
     others = len(lane.line) - sum(lines[name] for name in leads)
     wanted = idle + _line([paces[name] for name in leads], lane, present) - others
+    shares = _shares(study, lane, leads, wanted)
     left = _left(study, lane, asking)
     base: str | None = None
     for name in names:
         pace = paces[name]
         if name in quick:
-            target, have = -(-wanted // len(leads)) if name in leads else side, lines[name]
+            target, have = shares[name] if name in leads else side, lines[name]
         else:
             target, slots = (idle + present, present) if name == lead else (side, side)
             target, have = target + _ahead(pace, lane, slots), lines[name] + pace.asked
@@ -416,6 +419,16 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
             left = None if left is None else left - count
             base = base or _commit_of(lane, study.head(lane))
             yield Ask(slug, name, count, base)
+
+
+def _shares(study: Study, lane: Lane, leads: Sequence[str], wanted: int) -> Mapping[str, int]:
+    """How many proposals in line each of them has: one to choose at least, else as often as the bandit names it first."""
+    if len(leads) < 2 or wanted <= 0:
+        return dict.fromkeys(leads, wanted)
+    draws, draw = min(wanted, MOST_DRAWS), schedule.chance(study.settings.seed, lane.started)
+    arms = [Arm(name, Operator.TUNE) for name in leads]
+    first = Counter(bandit.order(lane.tallies, arms, draw)[0].proposer for _ in range(draws))
+    return {name: max(1, -(-wanted * first[name] // draws)) for name in leads}
 
 
 def _line(leads: Sequence[Pace], lane: Lane, slots: int) -> int:

@@ -670,7 +670,8 @@ class Study:
         for root in roots:
             arm = Arm(root.proposer, root.operator)
             share = None if gain is None else gain / len(roots)
-            lane.tallies.update(bandit.tried(lane.tallies, arm, seconds=state.seconds / len(roots), gain=share))
+            seconds, hope = state.seconds / len(roots), state.p_better or 0.0
+            lane.tallies.update(bandit.tried(lane.tallies, arm, seconds=seconds, gain=share, p_better=hope))
             counted = self._yield(root)
             counted.tried += 1
             if share is not None:

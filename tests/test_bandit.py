@@ -102,6 +102,23 @@ def test_without_a_single_win_the_arms_are_still_told_apart_by_their_tries():
     assert led[AGENT] > 2 * led[TUNE]
 
 
+def test_where_wins_are_rare_arms_are_told_apart_by_how_promising_their_tries_were():
+    """Two wins in 200 tries say nothing of an arm; that its tries look like improvements again and again does."""
+    chance = random.Random(7)
+    tallies: dict[Arm, Tally] = {}
+    for _ in range(60):
+        tallies = tried(tallies, AGENT, seconds=300, p_better=0.2)
+        tallies = tried(tallies, TUNE, seconds=300, p_better=0.02)
+    led = Counter(order(tallies, (TUNE, AGENT), chance.random)[0] for _ in range(1000))
+    assert led[AGENT] > 4 * led[TUNE]
+
+
+def test_a_kept_candidate_counts_as_a_win_and_not_as_a_hope_as_well():
+    found = tried({}, TUNE, seconds=300, gain=0.01, p_better=0.99)[TUNE]
+    assert found == Tally(1, 1, 0.01, 300, 0.0)
+    assert tried({}, TUNE, seconds=300, p_better=0.25)[TUNE] == Tally(1, 0, 0.0, 300, 0.25)
+
+
 amounts = st.floats(0, 1e6)
 sums = st.builds(Tally, tries=amounts, wins=amounts, gain=st.floats(-1e3, 1e6), seconds=amounts)
 

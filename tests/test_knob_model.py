@@ -294,7 +294,7 @@ def test_each_step_makes_the_variances_likelier(seed: int, elsewhere: tuple[str,
         where = chance.choice([knob_model.HERE, *elsewhere]) if number else knob_model.HERE
         value = truth(values) + chance.gauss(0, 0.05) + len(where)
         model.add(values, value, code=chance.choice(["a", "b", f"{number}"]), where=where)
-    data = knob_model._Data(model._runs, model._blocks)
+    data = knob_model._Data(model._runs, model._blocks, model._harms)
     first = before = log_posterior(model, data)
     for _ in range(25):
         model._learn(data)

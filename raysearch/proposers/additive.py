@@ -24,7 +24,7 @@ MODELLED_KNOBS = (1, 2, 4, 8)  # how many knobs one proposal moves, once there i
 SURE_SHARE = 0.25  # of the proposals, that move at once all knobs of which the model is sure (docs/adr/0031)
 SHARED_SURE_SHARE = 0.5  # of them, if the model knows runs on other profiles (docs/adr/0032)
 CAUTIONS = (0.5, 1.0)  # posterior standard deviations that such a move may disappoint by and still help
-BOLDNESS = (0.1, 0.3, 1.0)  # times the posterior's spread, of draws: one of these each (docs/adr/0032)
+BOLDNESS = (0.1, 0.3, 0.6)  # times the posterior's spread, of draws: one of these each (docs/adr/0032)
 DRAWS = 30  # of the model, looked at for one proposal; then the neighbourhood is tried at random
 
 
@@ -72,7 +72,7 @@ class AdditiveProposer(Proposer):
             for profile, other in self._spaces.items():
                 for run in other.known.told:
                     self._learn(request.profile, profile, run)
-        sieve = Sieve(request, self._path, space.known)
+        sieve = Sieve(request, self._path, space.known, self._random)
         options = {name: within_reach(knob, self._random.random) for name, knob in knobs.items()}
         moves = space.model.moves(sieve.champion, options)
         counts = MODELLED_KNOBS if len(space.model) >= len(knobs) else MOVED_KNOBS

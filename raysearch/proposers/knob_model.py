@@ -5,6 +5,9 @@ and of noise (additive Gaussian processes: Duvenaud, Nickisch and Rasmussen, Neu
 at a time, so that every run says something about the functions of some knobs, wherever the champion was by then: a sum
 needs no two runs at one place to be compared. How much each function varies is learned from the runs.
 
+Most moves from a champion harm, all the more the further they go: the functions have a common mean, a parabola about
+the champion's place, whose bend is learned too (docs/adr/0034).
+
 Runs on other hardware tell of the same functions, but that each may differ here by a function of its own. How much they
 differ, as a share of how much they vary, is learned as well (multi-task Gaussian processes: Bonilla, Chai and Williams,
 NeurIPS 2007).
@@ -36,6 +39,8 @@ HERE = ""  # the profile that a model is of, among those that runs are from
 GROUPS = 32  # texts of the code that have an offset of their own; those of the others are noise
 LEAST = 4  # runs, before which nothing is said
 FIRST_ITERATIONS, ITERATIONS, GROWTH = 20, 5, 1.1  # variances are learned anew after so many times as many runs
+HARMS = 2  # columns for what any move does, see `_harms`
+HARM = 1e4  # variance of their weights
 OFFSET = 100.0  # variance of the level, and of each weight below its prior: (weight of it, mode)
 WEIGHTS_PRIOR = (0.3, 1.0)
 OWN_PRIOR = (1.0, 0.5)  # of that by which the functions differ here, as a share of their variances
@@ -71,6 +76,16 @@ class _Features:
             for length, rank in SCALES:
                 values, vectors = np.linalg.eigh(matern(GRID, GRID, length))
                 self._kernels.append((length, vectors[:, -rank:] / np.sqrt(values[-rank:])))
+
+    def place(self, value: Value | None) -> float:
+        """Where a value lies in the knob's range; NaN where that cannot be said."""
+        return place(self._knob, value)
+
+    def harms(self, here: Value, there: Value) -> Array:
+        """What a move is in the columns for any move, (2,)."""
+        if not self._kernels:
+            return np.array([0.0, 1.0])
+        return np.array([np.nan_to_num(self.place(there) - self.place(here)) ** 2, 0.0])
 
     def at(self, value: Value | None) -> Array:
         """The features of one value, (features,)."""
@@ -159,7 +174,7 @@ class KnobModel:
         self._features = {name: _Features(knob) for name, knob in knobs.items()}
         self._columns: dict[str, slice] = {}
         self._blocks: list[slice] = []  # of columns that share their prior variance; the first column is the level
-        end = 1
+        end = 1 + HARMS
         for name, features in self._features.items():
             start = end
             for size in features.sizes:
@@ -169,6 +184,8 @@ class KnobModel:
         self._width = end
         self._runs: dict[str, deque[_Seen]] = {HERE: deque(maxlen=MODELLED)}
         self._variances = np.full(len(self._blocks), WEIGHTS_PRIOR[1])  # in units of the spread, as all of them
+        self._centre = np.zeros(len(knobs))  # where the champion lies
+        self._is_ordered = np.array([knob.is_ordered for knob in knobs.values()])
         self._own = OWN_PRIOR[1]
         self._of_code = WEIGHTS_PRIOR[1]
         self._noise, self._misfit = 0.1, MISFIT_PRIOR[1]
@@ -196,7 +213,7 @@ class KnobModel:
             is_replicate: Whether it was run for a race: where runs lie is said by first runs alone.
         """
         runs = self._runs.setdefault(where, deque(maxlen=MODELLED))
-        runs.append(_Seen(self._row(values), code, self._sign * value, is_replicate))
+        runs.append(_Seen(self._row(values), self._places(values), code, self._sign * value, is_replicate))
         self._fit = None
 
     def _row(self, values: Values) -> Array:
@@ -205,6 +222,9 @@ class KnobModel:
         for name, features in self._features.items():
             row[self._columns[name]] = features.at(values.get(name))
         return row
+
+    def _places(self, values: Values) -> Array:
+        return np.array([features.place(values.get(name)) for name, features in self._features.items()])
 
     def moves(self, champion: Values, options: Mapping[str, Sequence[Value]]) -> Moves | None:
         """What moves of single knobs of a program are worth; None where too little is known, or there are none.
@@ -216,9 +236,13 @@ class KnobModel:
         moves = [(name, value) for name, values in options.items() for value in values]
         if len(self._runs[HERE]) < LEAST or not moves:
             return None
+        centre = self._places(champion)
+        if not np.array_equal(centre, self._centre, equal_nan=True):
+            self._centre, self._fit = centre, None
         fit, here = self._fitted(), self._row(champion)
         change = np.zeros((len(moves), self._width))
         for row, (name, value) in zip(change, moves, strict=True):
+            row[1 : 1 + HARMS] = -self._features[name].harms(champion[name], value)
             columns = self._columns[name]
             row[columns] = here[columns] - self._features[name].at(value)
         unit = fit.scale * fit.steepness(here)
@@ -229,7 +253,7 @@ class KnobModel:
         if self._fit is None:
             most = MODELLED // max(1, len(self._runs) - 1)
             seen = {where: runs if where == HERE else list(runs)[-most:] for where, runs in self._runs.items()}
-            data = _Data(seen, self._blocks)
+            data = _Data(seen, self._blocks, self._harms)
             if len(self) >= GROWTH * self._learned:
                 for _ in range(ITERATIONS if self._learned else FIRST_ITERATIONS):
                     self._learn(data)
@@ -240,9 +264,15 @@ class KnobModel:
             self._fit = _Fit(data.acting(weights), data.acting(root), data.scale, data.curve)
         return self._fit
 
+    def _harms(self, places: Array) -> Array:
+        """Squared distance of ordered knobs from the champion, and how many others differ, (runs, 2)."""
+        apart = np.nan_to_num(places - self._centre)
+        return np.stack([(apart[:, self._is_ordered] ** 2).sum(1), (apart[:, ~self._is_ordered] != 0).sum(1)], axis=1)
+
     def _prior(self, data: _Data) -> Array:
         """Prior variance of each weight."""
         prior = np.full(data.rows.shape[1], OFFSET)
+        prior[1 : 1 + HARMS] = HARM
         prior[data.codes] = self._of_code
         for block, variance in zip(data.blocks, [*self._variances, *(self._own * self._variances)], strict=False):
             prior[block] = variance
@@ -331,6 +361,7 @@ class _Seen(NamedTuple):
     """A run: the level and the features of its knobs, its code, and the metric with lower for better."""
 
     row: Array
+    places: Array
     code: str
     value: float
     is_replicate: bool
@@ -351,7 +382,9 @@ class _Data:
         alone: 1 for runs whose code has no offset of its own among the features.
     """
 
-    def __init__(self, seen: Mapping[str, Sequence[_Seen]], blocks: Sequence[slice]) -> None:
+    def __init__(
+        self, seen: Mapping[str, Sequence[_Seen]], blocks: Sequence[slice], harms: Callable[[Array], Array]
+    ) -> None:
         runs = [run for some in seen.values() for run in some]
         raws = [np.array([run.value for run in some]) for some in seen.values()]
         firsts = [
@@ -369,6 +402,7 @@ class _Data:
         codes = np.array([[run.code == one for one in several] for run in runs], dtype=float)
         self.alone = 1.0 - codes.sum(axis=1) if len(counts) > 1 else np.zeros(len(runs))
         rows = np.array([run.row for run in runs])
+        rows[:, 1 : 1 + HARMS] = harms(np.array([run.places for run in runs]))
         self._width = rows.shape[1]
         self.blocks = list(blocks)
         parts = [rows]

@@ -11,9 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from raysearch.knobs import (
     Knob,
     Value,
@@ -29,9 +26,11 @@ from raysearch.knobs import (
 from raysearch.model import Operator
 from raysearch.patches import unified_diff
 from raysearch.proposers import Idea, Request, Told
+from raysearch.proposers.failures import Failures
 from raysearch.proposers.reach import differs, place, reached
 
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
+LIKELY, DARING = 0.5, 0.05  # the least probability to run to the end; a share of the ideas need none
 RANDOM_DRAWS = 600  # proposals tried at random before a proposer says that it has no idea
 
 Found = tuple[Values, float | None]  # values of all knobs, and the change of the metric that is predicted
@@ -101,7 +100,7 @@ class Sieve:
         champion: Their values.
     """
 
-    def __init__(self, request: Request, path: str, known: Known) -> None:
+    def __init__(self, request: Request, path: str, known: Known, chance: random.Random) -> None:
         self.knobs = known.knobs
         self.champion: Values = {name: knob.value for name, knob in self.knobs.items()}
         self._files, self._path, self._source = request.files, path, request.files[path]
@@ -111,14 +110,15 @@ class Sieve:
         self._rules = [rule for rule in read_rules(self._source) if self._holds([rule], self.champion)]
         self._known = set(request.known)
         self._seen = {tuple(self.champion.values())}
-        self._runs = _Runs(known, self.champion)
+        self._failures = Failures(known.knobs, known.places, [run.value is None for run in known.told])
+        self._chance, self._least_odds = chance, LIKELY
         if known.base != request.base:
             known.base, known.prints = request.base, {}
         self._prints = known.prints
 
     def fits(self, values: Values) -> bool:
         """Whether it keeps the rules and is likely to run."""
-        return self._holds(self._rules, values) and self._runs.likely(values)
+        return self._holds(self._rules, values) and self._failures.odds(values) > self._least_odds
 
     def passes(self, values: Values) -> bool:
         """Whether it is new here, keeps the rules, is likely to run, and was not run."""
@@ -143,7 +143,11 @@ class Sieve:
     def ideas(self, proposer: str, find: Callable[[], Found | None]) -> list[Idea]:
         """As many ideas as the request wants, or as `find` gives values that have passed."""
         ideas: list[Idea] = []
-        while len(ideas) < self._count and (found := find()) is not None:
+        while len(ideas) < self._count:
+            self._least_odds = 0.0 if self._chance.random() < DARING else LIKELY
+            found = find()
+            if found is None:
+                break
             values, predicted = found
             patch = unified_diff(self._path, self._source, rewrite(self._source, values))
             why = _hypothesis(self.champion, values, self.knobs)
@@ -152,25 +156,6 @@ class Sieve:
 
     def _holds(self, rules: Sequence[str], values: Values) -> bool:
         return broken_rule(rules, self._constants | values) is None
-
-
-class _Runs:
-    """Where the runs lie in the space of the knobs, and which of them failed."""
-
-    def __init__(self, known: Known, champion: Values) -> None:
-        self._knobs = known.knobs
-        failed = [run.value is None for run in known.told]
-        places = [*known.places, _place(champion, known.knobs)]  # the champion ran, whether or not it was told
-        self._failed: NDArray[np.bool_] = np.array([*failed, False])
-        self._places: NDArray[np.float64] | None = np.array(places) if any(failed) else None
-
-    def likely(self, values: Values) -> bool:
-        """Whether the nearest program that was run, ran to its end."""
-        if self._places is None:
-            return True
-        apart = np.nan_to_num(self._places - np.array(_place(values, self._knobs)))
-        squares = (apart**2).sum(axis=1)
-        return bool(squares[~self._failed].min() <= squares[self._failed].min())
 
 
 # ---- values ----

@@ -91,7 +91,7 @@ class TuneProposer(Proposer):
         if not knobs:
             return []
         space = self._space(request, knobs)
-        sieve = Sieve(request, self._path, space.known)
+        sieve = Sieve(request, self._path, space.known, self._random)
         left: list[Values] = []  # of a suggestion whose first knobs were taken
 
         def find() -> tuple[Values, None] | None:
