@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import heapq
 import math
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 
 import optuna
 
@@ -407,7 +409,10 @@ def main() -> None:
     arguments = parser.parse_args()
     global POOL
     started = time.monotonic()
-    with ProcessPoolExecutor(arguments.processes) as POOL:
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # each study's small matrices; threads of several get in each other's way
+    with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as POOL:
         if arguments.scaling:
             scaling(arguments)
         elif arguments.transfer:

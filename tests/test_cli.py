@@ -12,6 +12,7 @@ from toy import Toy
 from raysearch import folder as folders
 from raysearch import programs
 from raysearch.journal import Journal
+from raysearch.knobs import read_knobs, rewrite
 from raysearch.run import main
 
 OBJECTIVE = """
@@ -256,7 +257,8 @@ def test_propose_takes_a_patch_a_whole_file_and_a_commit(capsys: pytest.CaptureF
     toy.drive(trials=1)
     repo = toy.repo()
     champion = toy.study.lanes["cpu"].champion_commit
-    edited = repo.read(champion, "train.py").replace('MODE = "slow"', 'MODE = "fast"')
+    text = repo.read(champion, "train.py")
+    edited = rewrite(text, {"MODE": "slow" if read_knobs(text)["MODE"].value == "fast" else "fast"})
     Path("train.py").write_text(edited)
     commit = repo.commit_files(champion, {"train.py": edited}, message="fast\n", at=toy.clock())
     Path("my.patch").write_text(repo.diff(champion, commit))
