@@ -529,6 +529,25 @@ def test_what_does_not_fit_the_memory_is_avoided_more_and_more():
     assert failed[1] < 0.7 * failed[0]
 
 
+def test_what_no_rule_says_is_learned_from_what_fails():
+    """A width that is no multiple of the head fails, and all that a metric says of wide models is that they are good."""
+    source = "WIDTH = 512  # in {384, 448, 512, 576, 640, 704, 768}: a\nHEAD = 128  # in {64, 128}: b\n"
+    source += "".join(f"{name} = 0.5  # in [0.0, 1.0]: c\n" for name in "ABCDEFGH")
+
+    def score(values: Values) -> float | None:
+        width, head, *rest = map(float, values.values())
+        return None if width % head else 2 - width / 2000 - head / 1000 + sum((place - 0.6) ** 2 for place in rest)
+
+    failed: list[list[bool]] = []
+    for seed in range(6):
+        bench = Bench(AdditiveProposer(seed=seed), champion=source)
+        bench.climb(score, 60)
+        failed.append([value is None for _, _, value in bench.tried])
+    first, later = (sum(sum(one[part]) for one in failed) for part in (slice(0, 20), slice(20, 60)))
+    assert first > 4
+    assert later < 0.7 * first  # in twice as many runs
+
+
 def test_rules_of_constants_that_are_no_knobs_are_kept(searcher: str):
     source = "A = 8  # in {2, 4, 8, 12, 16, 20}: a\nSTEP = 4\n# rule: A % STEP == 0\n"
     bench = Bench(mover(searcher=searcher), champion=source)
