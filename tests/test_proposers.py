@@ -530,7 +530,7 @@ def test_what_does_not_fit_the_memory_is_avoided_more_and_more():
 
 
 def test_what_no_rule_says_is_learned_from_what_fails():
-    """A width that is no multiple of the head fails, and all that a metric says of wide models is that they are good."""
+    """A width that is no multiple of the head fails, and all that the metric says is that wide models are good."""
     source = "WIDTH = 512  # in {384, 448, 512, 576, 640, 704, 768}: a\nHEAD = 128  # in {64, 128}: b\n"
     source += "".join(f"{name} = 0.5  # in [0.0, 1.0]: c\n" for name in "ABCDEFGH")
 
