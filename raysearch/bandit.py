@@ -94,10 +94,10 @@ def order(
 ) -> list[Arm]:
     """The available arms, the one first that is to fill the next free slot; the others if it has no idea.
 
-    An arm's worth is drawn from what is known of it: a success rate from its Beta posterior, times the mean gain of a
-    win, over the mean seconds of a try (Thompson sampling: Chapelle and Li, NeurIPS 2011). Rate, gain and seconds of
-    an arm with few tries lean on those of all arms together. Every arm leads at least `explore / len(available)` of
-    the orders.
+    An arm's worth is drawn from what is known of it: a success rate from its Beta posterior, wins and hopes being its
+    successes, times the mean gain of a win, over the mean seconds of a try (Thompson sampling: Chapelle and Li, NeurIPS
+    2011). Rate, gain and seconds of an arm with few tries lean on those of all arms together. Every arm leads at least
+    `explore / len(available)` of the orders.
 
     Args:
         tallies: Of all arms, the unavailable ones too; a missing one was never tried.

@@ -120,7 +120,7 @@ def test_a_kept_candidate_counts_as_a_win_and_not_as_a_hope_as_well():
 
 
 amounts = st.floats(0, 1e6)
-sums = st.builds(Tally, tries=amounts, wins=amounts, gain=st.floats(-1e3, 1e6), seconds=amounts)
+sums = st.builds(Tally, tries=amounts, wins=amounts, gain=st.floats(-1e3, 1e6), seconds=amounts, hopes=amounts)
 
 
 @given(tallies=st.dictionaries(st.sampled_from(ARMS), sums), available=st.permutations(ARMS), seed=st.integers(0, 99))
