@@ -54,25 +54,29 @@ class Failures:
         if not len(self._failed):
             return 1.0
         here = np.array([place(knob, values.get(name)) for name, knob in self._knobs.items()])
-        bad, good = self._as_far(here, self._failed), self._as_far(self._good, here)
+        moved = np.abs(here - self._champion) > TINY
+        if not moved.any():
+            return 1.0
+        bad, good = self._as_far(here, self._failed, moved), self._as_far(self._good, here, moved)
         apart = np.concatenate([self._differing(self._failed, here), self._differing(self._good, here)])
         nearest = np.where(np.concatenate([bad, good]), apart[:, None], np.inf).min(axis=0)
         weights = OTHERWISE ** (apart[:, None] - np.where(np.isfinite(nearest), nearest, 0.0))
         count = len(bad)
-        failing = (weights[:count] * bad * self._blame).sum(axis=0)
+        failing = (weights[:count] * bad * self._blame[:, moved]).sum(axis=0)
         return float((1 - failing / (failing + (weights[count:] * good).sum(axis=0) + DOUBT)).min())
 
     def _differing(self, places: Floats, here: Floats) -> Floats:
         """How many choices differ, (runs,)."""
         return (~self._is_range & (np.abs(places - here) > TINY)).sum(axis=1).astype(float)
 
-    def _as_far(self, places: Floats, others: Floats) -> Bools:
-        """Whether places are as far from the champion as others, knob by knob.
+    def _as_far(self, places: Floats, others: Floats, which: Bools | slice = slice(None)) -> Bools:
+        """Whether places are as far from the champion as others, knob by knob of some.
 
         A choice is as far if it is the same, a number of a range if it is the same or lies beyond.
         """
-        way, beyond = np.sign(others - self._champion), places - others
-        return np.where(self._is_range, beyond * way >= -TINY, np.abs(beyond) <= TINY) & (way != 0)
+        places, others = places[..., which], others[..., which]
+        way, beyond = np.sign(others - self._champion[which]), places - others
+        return np.where(self._is_range[which], beyond * way >= -TINY, np.abs(beyond) <= TINY) & (way != 0)
 
     def _blamed(self) -> Floats:
         """To which knobs each failed run is laid, (failed, knobs), each row 1 in all if any is moved."""
