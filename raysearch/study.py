@@ -670,7 +670,8 @@ class Study:
         for root in roots:
             arm = Arm(root.proposer, root.operator)
             share = None if gain is None else gain / len(roots)
-            seconds, hope = state.seconds / len(roots), state.p_better or 0.0
+            seconds = state.seconds / len(roots)
+            hope = 0.0 if self.simplifies(state) else state.p_better or 0.0  # that it is no worse is no gain
             lane.tallies.update(bandit.tried(lane.tallies, arm, seconds=seconds, gain=share, p_better=hope))
             counted = self._yield(root)
             counted.tried += 1

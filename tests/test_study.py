@@ -234,6 +234,28 @@ def test_an_arm_is_counted_what_its_candidates_cost_and_gained():
     assert tally.seconds == pytest.approx(40.0)  # the other side of its pair served the profile, not the arm
 
 
+def test_what_was_not_kept_counts_for_its_arm_as_far_as_it_may_be_better_and_a_smaller_program_does_not():
+    told = ready()
+    champion = told.candidate(size=100)
+    told.promise(champion)
+    told.win(champion)
+    value = told.study.value(champion)
+    assert value is not None
+    name = told.candidate(size=100)
+    told.run(f"{name}-screen", value - 0.001)
+    (event,) = told.conclude()
+    assert event.verdict is Verdict.DISCARD
+    assert event.p_better
+    tune = told.lane.tallies[Arm("tune", Operator.TUNE)]
+    assert tune.hopes == pytest.approx(event.p_better)
+    name = told.candidate(operator=Operator.SIMPLIFY, size=90)
+    told.run(f"{name}-screen", value + 0.032)
+    (event,) = told.conclude()
+    assert event.verdict is Verdict.DISCARD
+    assert (event.p_better or 0.0) > 0.01  # of being no worse
+    assert told.lane.tallies[Arm("tune", Operator.SIMPLIFY)].hopes == 0.0
+
+
 def test_the_value_of_a_candidate_is_of_its_fresh_runs_where_there_are_any():
     told = ready()
     name = told.candidate()
