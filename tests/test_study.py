@@ -249,7 +249,7 @@ def test_what_was_not_kept_counts_for_its_arm_as_far_as_it_may_be_better_and_a_s
     tune = told.lane.tallies[Arm("tune", Operator.TUNE)]
     assert tune.hopes == pytest.approx(event.p_better)
     name = told.candidate(operator=Operator.SIMPLIFY, size=90)
-    told.run(f"{name}-screen", value + 0.032)
+    told.run(f"{name}-screen", value + 0.08)
     (event,) = told.conclude()
     assert event.verdict is Verdict.DISCARD
     assert (event.p_better or 0.0) > 0.01  # of being no worse
