@@ -409,9 +409,7 @@ def main() -> None:
     arguments = parser.parse_args()
     global POOL
     started = time.monotonic()
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # each study's small matrices; threads of several get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of several studies get in each other's way
     with ProcessPoolExecutor(arguments.processes, mp_context=get_context("spawn")) as POOL:
         if arguments.scaling:
             scaling(arguments)

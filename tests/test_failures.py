@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from raysearch.knobs import Value, read_knobs
+from raysearch.knobs import Value, read_knobs, rewrite
 from raysearch.proposers.failures import Failures
-from raysearch.proposers.reach import place
+from raysearch.proposers.reach import places_of
 
 SOURCE = """\
 RATE = 5  # in [1, 9]: a number of a range
@@ -20,16 +20,10 @@ HEAD = 128  # in {64, 128}: another one
 
 def failures(*runs: tuple[Mapping[str, Value], bool], champion: Mapping[str, Value] | None = None) -> Failures:
     """Explanations of runs, each said by what differs from the source and whether it ended well."""
-    source = SOURCE
-    for name, value in (champion or {}).items():
-        source = "".join(
-            f"{name} = {value}  #{line.partition('#')[2]}" if line.startswith(name) else line
-            for line in source.splitlines(keepends=True)
-        )
-    knobs = read_knobs(source)
+    knobs = read_knobs(rewrite(SOURCE, champion or {}))
     first = {name: knob.value for name, knob in read_knobs(SOURCE).items()}
-    places = [[place(knob, {**first, **run}[name]) for name, knob in knobs.items()] for run, _ in runs]
-    return Failures(knobs, places, [not is_good for _, is_good in runs])
+    where = [places_of(knobs, {**first, **run}) for run, _ in runs]
+    return Failures(knobs, where, [not is_good for _, is_good in runs])
 
 
 def odds(found: Failures, **moved: Value) -> float:

@@ -80,11 +80,7 @@ def test_a_program_that_was_made_smaller_and_is_only_has_to_be_no_worse(
     operator: Operator, size: int, verdict: Verdict
 ):
     told = ready()
-    champion = told.candidate(size=100)
-    told.promise(champion)
-    told.win(champion)
-    value = told.study.value(champion)
-    assert value is not None
+    value = told.crown(size=100)
     name = told.candidate(operator=operator, size=size)
     told.run(f"{name}-screen", value + 0.009)
     (event,) = told.conclude()

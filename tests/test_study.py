@@ -236,11 +236,7 @@ def test_an_arm_is_counted_what_its_candidates_cost_and_gained():
 
 def test_what_was_not_kept_counts_for_its_arm_as_far_as_it_may_be_better_and_a_smaller_program_does_not():
     told = ready()
-    champion = told.candidate(size=100)
-    told.promise(champion)
-    told.win(champion)
-    value = told.study.value(champion)
-    assert value is not None
+    value = told.crown(size=100)
     name = told.candidate(size=100)
     told.run(f"{name}-screen", value - 0.001)
     (event,) = told.conclude()

@@ -237,6 +237,15 @@ class Told:
         self.confirm(name, gain=gain, than=than)
         self.move()
 
+    def crown(self, *, size: int) -> float:
+        """A new candidate of that size becomes the champion; gives its value."""
+        name = self.candidate(size=size)
+        self.promise(name)
+        self.win(name)
+        value = self.study.value(name)
+        assert value is not None
+        return value
+
 
 def ready(**options: Any) -> Told:
     """A study whose baselines are done: 1.0, 1.01 and 0.99."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysearch.knobs import Knob, Values
-from raysearch.proposers.reach import place
+from raysearch.proposers.reach import places_of
 
 FAILED, SUCCEEDED = 60, 400  # runs that are looked at, the latest ones of either kind
 DOUBT = 0.5  # runs that end well, which each move is granted before any
@@ -36,7 +36,7 @@ class Failures:
 
     def __init__(self, knobs: Mapping[str, Knob], places: Sequence[Sequence[float]], failed: Sequence[bool]) -> None:
         self._knobs = knobs
-        self._champion = np.array([place(knob, knob.value) for knob in knobs.values()])
+        self._champion = np.array(places_of(knobs, {name: knob.value for name, knob in knobs.items()}))
         self._is_range = np.array([not knob.choices for knob in knobs.values()])
         self._failed = self._some(places, [number for number, is_bad in enumerate(failed) if is_bad][-FAILED:])
         self._good = self._some(places, [number for number, is_bad in enumerate(failed) if not is_bad][-SUCCEEDED:])
@@ -53,7 +53,7 @@ class Failures:
         """
         if not len(self._failed):
             return 1.0
-        here = np.array([place(knob, values.get(name)) for name, knob in self._knobs.items()])
+        here = np.array(places_of(self._knobs, values))
         moved = np.abs(here - self._champion) > TINY
         if not moved.any():
             return 1.0

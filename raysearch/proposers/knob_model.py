@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raysearch.knobs import Knob, Value, Values
-from raysearch.proposers.reach import place
+from raysearch.proposers.reach import place, places_of
 
 Array = NDArray[Any]  # of floats
 Fits = Callable[[Values], bool]
@@ -77,15 +77,11 @@ class _Features:
                 values, vectors = np.linalg.eigh(matern(GRID, GRID, length))
                 self._kernels.append((length, vectors[:, -rank:] / np.sqrt(values[-rank:])))
 
-    def place(self, value: Value | None) -> float:
-        """Where a value lies in the knob's range; NaN where that cannot be said."""
-        return place(self._knob, value)
-
     def harms(self, here: Value, there: Value) -> Array:
         """What a move is in the columns for any move, (2,)."""
         if not self._kernels:
             return np.array([0.0, 1.0])
-        return np.array([np.nan_to_num(self.place(there) - self.place(here)) ** 2, 0.0])
+        return np.array([np.nan_to_num(place(self._knob, there) - place(self._knob, here)) ** 2, 0.0])
 
     def at(self, value: Value | None) -> Array:
         """The features of one value, (features,)."""
@@ -170,7 +166,7 @@ class KnobModel:
     """
 
     def __init__(self, knobs: Mapping[str, Knob], sign: float) -> None:
-        self._sign = sign
+        self._knobs, self._sign = knobs, sign
         self._features = {name: _Features(knob) for name, knob in knobs.items()}
         self._columns: dict[str, slice] = {}
         self._blocks: list[slice] = []  # of columns that share their prior variance; the first column is the level
@@ -213,7 +209,9 @@ class KnobModel:
             is_replicate: Whether it was run for a race: where runs lie is said by first runs alone.
         """
         runs = self._runs.setdefault(where, deque(maxlen=MODELLED))
-        runs.append(_Seen(self._row(values), self._places(values), code, self._sign * value, is_replicate))
+        runs.append(
+            _Seen(self._row(values), np.array(places_of(self._knobs, values)), code, self._sign * value, is_replicate)
+        )
         self._fit = None
 
     def _row(self, values: Values) -> Array:
@@ -222,9 +220,6 @@ class KnobModel:
         for name, features in self._features.items():
             row[self._columns[name]] = features.at(values.get(name))
         return row
-
-    def _places(self, values: Values) -> Array:
-        return np.array([features.place(values.get(name)) for name, features in self._features.items()])
 
     def moves(self, champion: Values, options: Mapping[str, Sequence[Value]]) -> Moves | None:
         """What moves of single knobs of a program are worth; None where too little is known, or there are none.
@@ -236,7 +231,7 @@ class KnobModel:
         moves = [(name, value) for name, values in options.items() for value in values]
         if len(self._runs[HERE]) < LEAST or not moves:
             return None
-        centre = self._places(champion)
+        centre = np.array(places_of(self._knobs, champion))
         if not np.array_equal(centre, self._centre, equal_nan=True):
             self._centre, self._fit = centre, None
         fit, here = self._fitted(), self._row(champion)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from raysearch.knobs import Knob, Value
+from raysearch.knobs import Knob, Value, Values
 
 REACH = 0.35  # of a knob's range (log range where it is one): the longest move in one proposal
 LEAST = 0.03  # of a knob's range: the shortest move; TPE mostly suggests values that were run, or nearly
@@ -18,6 +18,11 @@ def place(knob: Knob, value: Value | None) -> float:
     """Where a value lies in a knob's range, 0 to 1; NaN where that cannot be said."""
     known = value in knob.choices if knob.choices else isinstance(value, int | float)
     return knob.unit(value) if value is not None and known else math.nan
+
+
+def places_of(knobs: Mapping[str, Knob], values: Values) -> list[float]:
+    """A program's place, knob by knob; NaN for one that it has not, or has in another sense."""
+    return [place(knob, values.get(name)) for name, knob in knobs.items()]
 
 
 def within_reach(knob: Knob, chance: Callable[[], float]) -> list[Value]:

@@ -27,7 +27,7 @@ from raysearch.model import Operator
 from raysearch.patches import unified_diff
 from raysearch.proposers import Idea, Request, Told
 from raysearch.proposers.failures import Failures
-from raysearch.proposers.reach import differs, place, reached
+from raysearch.proposers.reach import differs, places_of, reached
 
 MOVED_KNOBS = (1, 2, 2, 3)  # how many knobs one proposal moves, drawn evenly
 LIKELY, DARING = 0.5, 0.05  # the least probability to run to the end; a share of the ideas need none
@@ -73,14 +73,14 @@ class Known:
     def add(self, run: Run) -> None:
         """Takes in a run."""
         self.told.append(run)
-        self.places.append(_place(run.values, self.knobs))
+        self.places.append(places_of(self.knobs, run.values))
 
     def look(self, knobs: Mapping[str, Knob]) -> bool:
         """Takes the knobs of a champion; whether they have the ranges of the one before."""
         same = _ranges(self.knobs) == _ranges(knobs)
         self.knobs = dict(knobs)
         if not same:
-            self.places = [_place(run.values, knobs) for run in self.told]
+            self.places = [places_of(knobs, run.values) for run in self.told]
             self.prints = {}  # directions may leave other knobs of the same program
         return same
 
@@ -186,11 +186,6 @@ def near(sieve: Sieve, chance: random.Random) -> Values | None:
     """Values anywhere near the champion that pass; None if hardly any are left."""
     drawn = (wild(sieve, chance) for _ in range(RANDOM_DRAWS))
     return next((values for values in drawn if values is not None and sieve.passes(values)), None)
-
-
-def _place(values: Values, knobs: Mapping[str, Knob]) -> list[float]:
-    """A program's place in units of the knobs' ranges; NaN for a knob that it has not, or has in another sense."""
-    return [place(knob, values.get(name)) for name, knob in knobs.items()]
 
 
 def _ranges(knobs: Mapping[str, Knob]) -> list[tuple[object, ...]]:
