@@ -279,7 +279,6 @@ def backed(values: Sequence[float], sigma: float) -> Sequence[bool]:
 
 
 SURE = 1.0  # standard errors from nothing at which a race is judged again: the screening run counts as well
-DRIFTED = 2.0  # standard errors by which a race's runs of the base differ from all of them when the machine has changed
 PAIRING_DOF = 3  # the weight of "seeds do not matter" against what the pairs of races show
 
 
@@ -452,7 +451,6 @@ class Judge:
         self,
         pairs: Sequence[tuple[float, float]],
         *,
-        base_values: Sequence[float] = (),
         screened: Evidence | None = None,
         simplifies: bool = False,
     ) -> Judgement:
@@ -460,7 +458,6 @@ class Judge:
 
         Args:
             pairs: (candidate's value, value of the program that it was built on), at least one pair.
-            base_values: See `raced`.
             screened: What the screening run said. It was chosen for being good, so that it is no part of `delta`;
                 P(better) may use it, since the prior knows how rare such effects are.
             simplifies: Whether it only has to be no worse.
@@ -468,9 +465,9 @@ class Judge:
         Returns:
             KEEP, DISCARD, or RETEST when another pair is needed.
         """
-        delta, spread = self._difference(pairs, base_values)
-        delta_se = spread.sigma
-        p_better, gain = self._weighed(delta, (screened, self.raced(pairs, base_values)), simplifies)
+        delta = fmean(ours - theirs for ours, theirs in pairs)
+        delta_se = self.paired.sigma / math.sqrt(len(pairs))
+        p_better, gain = self._weighed(delta, (screened, self.raced(pairs)), simplifies)
         told = f"{_told(delta, delta_se, p_better, simplifies)} over {len(pairs)} fresh pair{'s' * (len(pairs) != 1)}"
         word = "no worse" if simplifies else "better"
         if p_better > self.rules.keep_probability:
@@ -499,32 +496,10 @@ class Judge:
         delta_se = self.noise.sigma * math.sqrt(1 + 1 / len(base_values))
         return self._evidence(value - fmean(base_values), delta_se, self.noise.dof)
 
-    def raced(self, pairs: Sequence[tuple[float, float]], base_values: Sequence[float] = ()) -> Evidence | None:
-        """What the fresh pairs of a race say; None as for `screened`.
-
-        Args:
-            pairs: See `race`.
-            base_values: All sound runs of the program that it was built on; none where pairs alone are to count.
-        """
-        delta, spread = self._difference(pairs, base_values)
-        return self._evidence(delta, spread.sigma, spread.dof)
-
-    def _difference(self, pairs: Sequence[tuple[float, float]], base_values: Sequence[float]) -> tuple[float, Noise]:
-        """The difference in a race and its standard error: from all runs of the base, if that is the better estimate.
-
-        Pairs alone count where their noise is smaller, because seeds share it, and where their runs of the base differ
-        from the others of it: then the machine may have changed meanwhile (docs/adr/0035).
-        """
-        ours, theirs = (fmean(side) for side in zip(*pairs, strict=True))
-        paired = Noise(self.paired.sigma / math.sqrt(len(pairs)), self.paired.dof)
-        if len(base_values) <= len(pairs):
-            return ours - theirs, paired
-        everything = fmean(base_values)
-        pooled = Noise(self.noise.sigma * math.sqrt(1 / len(pairs) + 1 / len(base_values)), self.noise.dof)
-        apart = self.noise.sigma * math.sqrt(1 / len(pairs) - 1 / len(base_values))  # of a part's mean from the whole's
-        if pooled.sigma >= paired.sigma or abs(theirs - everything) > DRIFTED * apart:
-            return ours - theirs, paired
-        return ours - everything, pooled
+    def raced(self, pairs: Sequence[tuple[float, float]]) -> Evidence | None:
+        """What the fresh pairs of a race say; None as for `screened`."""
+        delta = fmean(ours - theirs for ours, theirs in pairs)
+        return self._evidence(delta, self.paired.sigma / math.sqrt(len(pairs)), self.paired.dof)
 
     def _evidence(self, delta: float, delta_se: float, dof: float) -> Evidence | None:
         if self.noise.sigma <= 0.0:

@@ -248,12 +248,7 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
         return None
     screened = None if state.candidate.proposal.carries else study.screen_evidence(lane, state, known)
     sound = study.sound_pairs(lane, state)
-    found = known.race(
-        sound or pairs,
-        base_values=study.base_values(lane, state) if sound else (),
-        screened=screened,
-        simplifies=study.simplifies(state),
-    )
+    found = known.race(sound or pairs, screened=screened, simplifies=study.simplifies(state))
     verdict, reason = found.verdict, found.reason
     if not sound and verdict is Verdict.KEEP:
         verdict, reason = Verdict.RETEST, f"{reason}; but no other run of what it was built on agrees with that one"

@@ -627,7 +627,7 @@ class Study:
         found = [self.screen_evidence(lane, state, known)]
         pairs = self.sound_pairs(lane, state)
         if pairs:
-            found.append(known.raced(pairs, self.base_values(lane, state)))
+            found.append(known.raced(pairs))
         evidence = [one for one in found if one is not None]
         if evidence:
             lane.prior = known.prior.learned(*evidence)
