@@ -501,6 +501,10 @@ class Judge:
         delta = fmean(ours - theirs for ours, theirs in pairs)
         return self._evidence(delta, self.paired.sigma / math.sqrt(len(pairs)), self.paired.dof)
 
+    def in_metric(self, found: Evidence) -> tuple[float, float, float]:
+        """Improvement and standard error of evidence in units of the metric, and its degrees of freedom."""
+        return found.gain * self.unit, found.se * self.unit, found.dof
+
     def _evidence(self, delta: float, delta_se: float, dof: float) -> Evidence | None:
         if self.noise.sigma <= 0.0:
             return None

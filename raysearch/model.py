@@ -321,6 +321,20 @@ class TrialFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """What a decided candidate says of changes in general, so that a replay need not weigh its runs again.
+
+    Attributes:
+        sigma: Run-to-run noise of what it was built on, in units of the metric.
+        effects: Measured improvement, its standard error, both in units of the metric, and the degrees of freedom of
+            that: by its first run, and by its race if it had one.
+    """
+
+    sigma: float
+    effects: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """The judge spoke on a candidate.
 
@@ -331,6 +345,7 @@ class Judged:
         p_better: Posterior probability that the change is an improvement.
         gain: What the change is worth after all that is known, in units of the metric with positive better.
         conflict: Whether its change cannot be merged onto the champion: a proposer may find another way.
+        learned: None where nothing is learned, and in journals that were written without it: then it is worked out.
     """
 
     candidate: str
@@ -342,6 +357,7 @@ class Judged:
     p_better: float | None = None
     gain: float | None = None
     conflict: bool = False
+    learned: Learned | None = None
 
 
 @dataclass(frozen=True, slots=True)

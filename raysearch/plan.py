@@ -16,6 +16,7 @@ from raysearch.model import (
     Candidate,
     Event,
     Judged,
+    Learned,
     Operator,
     Proposal,
     Purpose,
@@ -227,7 +228,14 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
     else:
         found = known.screen(run.value, base_values, simplifies=study.simplifies(state))
     return Judged(
-        state.id, found.verdict, found.reason, found.delta, found.delta_se, p_better=found.p_better, gain=found.gain
+        state.id,
+        found.verdict,
+        found.reason,
+        found.delta,
+        found.delta_se,
+        p_better=found.p_better,
+        gain=found.gain,
+        learned=_learned(study, lane, state, found.verdict, known),
     )
 
 
@@ -263,7 +271,15 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
         pairs=len(pairs),
         p_better=found.p_better,
         gain=found.gain,
+        learned=_learned(study, lane, state, verdict, known),
     )
+
+
+def _learned(study: Study, lane: Lane, state: CandidateState, verdict: Verdict, known: judge.Judge) -> Learned | None:
+    """What a candidate that is decided teaches."""
+    if verdict is Verdict.RETEST or not study.teaches(state):
+        return None
+    return study.learned(lane, state, known)
 
 
 def _health(study: Study, lane: Lane, slots: Sequence[Slot]) -> list[Command]:

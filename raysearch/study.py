@@ -21,6 +21,7 @@ from raysearch.model import (
     Direction,
     Dropped,
     Judged,
+    Learned,
     Materialised,
     Measurement,
     Operator,
@@ -619,18 +620,18 @@ class Study:
 
     def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
         """What the candidate's effect says of changes in general: once, when it is decided."""
-        if event.verdict is Verdict.RETEST or state.candidate.proposal.carries or self.simplifies(state):
+        if event.verdict is Verdict.RETEST or not self.teaches(state):
             return
-        known = self.judge(lane, state.base)
-        if known is None:
-            return
-        found = [self.screen_evidence(lane, state, known)]
-        pairs = self.sound_pairs(lane, state)
-        if pairs:
-            found.append(known.raced(pairs))
-        evidence = [one for one in found if one is not None]
-        if evidence:
-            lane.prior = known.prior.learned(*evidence)
+        learned = event.learned
+        if learned is None:
+            known = self.judge(lane, state.base)
+            learned = self.learned(lane, state, known) if known else None
+        if learned is not None:
+            prior = lane.prior.at(learned.sigma)
+            unit = prior.unit or learned.sigma
+            lane.prior = prior.learned(
+                *(judge.Evidence(gain / unit, se / unit, dof) for gain, se, dof in learned.effects)
+            )
 
     def _split(self, lane: Lane, union: Proposal) -> None:
         """Opens the members of a union that fell short again, to be carried in two halves."""
@@ -821,6 +822,17 @@ class Study:
         if screened is None or screened.value is None or not lane.fresh.values(state.base):
             return None
         return known.screened(screened.value, self.base_values(lane, state))
+
+    def teaches(self, state: CandidateState) -> bool:
+        """Whether a candidate's effect says something of changes in general."""
+        return not state.candidate.proposal.carries and not self.simplifies(state)
+
+    def learned(self, lane: Lane, state: CandidateState, known: judge.Judge) -> Learned | None:
+        """What the runs of a candidate say of its effect, for the prior; None where they say nothing."""
+        pairs = self.sound_pairs(lane, state)
+        found = [self.screen_evidence(lane, state, known), known.raced(pairs) if pairs else None]
+        effects = [known.in_metric(one) for one in found if one is not None]
+        return Learned(known.noise.sigma, tuple(effects)) if effects else None
 
     def base_values(self, lane: Lane, state: CandidateState) -> Sequence[float]:
         """Fresh values of what a candidate was built on: those that others back, since the machine last changed."""
