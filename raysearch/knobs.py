@@ -268,6 +268,20 @@ def broken_rule(rules: Iterable[str], values: Mapping[str, Value]) -> str | None
     return None
 
 
+def tied(rules: Iterable[str]) -> dict[str, set[str]]:
+    """For each name in a rule the others that stand in a rule with it.
+
+    Raises:
+        UserError: As from `broken_rule`.
+    """
+    found: dict[str, set[str]] = {}
+    for rule in rules:
+        _, names = _rule(rule)
+        for name in names:
+            found.setdefault(name, set()).update(names - {name})
+    return found
+
+
 @lru_cache(maxsize=256)  # the same few rules are asked about every proposal
 def _rule(rule: str) -> tuple[ast.expr, frozenset[str]]:
     """A rule's expression, and the names in it."""

@@ -133,7 +133,7 @@ DIALS = (
 BASELINE: Values = {dial.name: dial.first for dial in DIALS}
 _DIALS = {dial.name: dial for dial in DIALS}
 _HEAD = '"""A program with knobs and nothing else: what it would score is computed from them."""\n\n'
-_RULE = "# rule: WARMUP_RATIO + WARMDOWN_RATIO <= 1\n"
+_RULES = "# rule: MODEL_DIM % HEAD_DIM == 0\n# rule: WARMUP_RATIO + WARMDOWN_RATIO <= 1\n"
 _TAIL = "\n\ndef train(run):\n    return None\n"
 
 
@@ -144,7 +144,7 @@ def program(values: Mapping[str, Value]) -> str:
         values: By knob; those that are left out have the baseline's.
     """
     given = BASELINE | dict(values)
-    return _HEAD + "".join(dial.line(given[dial.name]) for dial in DIALS) + _RULE + _TAIL
+    return _HEAD + "".join(dial.line(given[dial.name]) for dial in DIALS) + _RULES + _TAIL
 
 
 @lru_cache(maxsize=65536)  # every program is run, judged against and reported on several times

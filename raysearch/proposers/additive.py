@@ -20,7 +20,7 @@ from raysearch.proposers.knob_model import HERE, KnobModel, Moves
 from raysearch.proposers.reach import within_reach
 from raysearch.proposers.sieve import MOVED_KNOBS, Found, Known, Run, Sieve, movable, near
 
-MODELLED_KNOBS = (1, 2, 4, 8)  # how many knobs one proposal moves, once there is a run or more for each of them
+MODELLED_KNOBS = (4, 8, 16)  # how many knobs one proposal moves at most, once there is a run for each of them
 SURE_SHARE = 0.25  # of the proposals, that move at once all knobs of which the model is sure (docs/adr/0031)
 SHARED_SURE_SHARE = 0.5  # of them, if the model knows runs on other profiles (docs/adr/0032)
 CAUTIONS = (0.5, 1.0)  # posterior standard deviations that such a move may disappoint by and still help
@@ -74,7 +74,7 @@ class AdditiveProposer(Proposer):
                     self._learn(request.profile, profile, run)
         sieve = Sieve(request, self._path, space.known, self._random)
         options = {name: within_reach(knob, self._random.random) for name, knob in knobs.items()}
-        moves = space.model.moves(sieve.champion, options)
+        moves = space.model.moves(sieve.champion, options, tied=sieve.tied)
         counts = MODELLED_KNOBS if len(space.model) >= len(knobs) else MOVED_KNOBS
         sure = SHARED_SURE_SHARE if space.model.is_shared else SURE_SHARE
         return sieve.ideas(self.name, lambda: self._found(sieve, moves, counts, sure, sign=sign))

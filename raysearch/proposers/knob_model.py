@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -37,6 +37,7 @@ GRID = np.linspace(0.0, 1.0, 25)  # places between which the features interpolat
 MODELLED = 1000  # runs, the latest ones; as many of all other profiles together
 HERE = ""  # the profile that a model is of, among those that runs are from
 GROUPS = 32  # texts of the code that have an offset of their own; those of the others are noise
+MENDED = 3  # moves of one proposal that break a rule and for which a move of a tied knob is looked for
 LEAST = 4  # runs, before which nothing is said
 FIRST_ITERATIONS, ITERATIONS, GROWTH = 20, 5, 1.1  # variances are learned anew after so many times as many runs
 HARMS = 2  # columns for what any move does, see `_harms`
@@ -107,12 +108,14 @@ class Moves:
         values: The new values.
         mean: Posterior mean of the improvement, in units of the metric, (moves,).
         spread: Improvement for each of several independent standard normal numbers, (moves, numbers).
+        tied: By knob, those that a rule of the program ties it to.
     """
 
     names: list[str]
     values: list[Value]
     mean: Array
     spread: Array
+    tied: Mapping[str, Set[str]] = field(default_factory=dict[str, Set[str]])
 
     def sure(self, caution: float, fits: Fits) -> tuple[Values, float]:
         """All knobs that some move of improves even by a lower confidence bound, each by its best move that fits.
@@ -131,10 +134,11 @@ class Moves:
 
         Args:
             rng: What is drawn by.
-            count: Most knobs that are moved.
+            count: Most knobs that are moved; one more where a rule ties the last one to another.
             boldness: Times the posterior's spread with which it is drawn.
-            fits: Whether a program with these new values can be run. A move that fits with none of the better ones
-                is passed over: what would be best and cannot be had must not stand in the way of all else.
+            fits: Whether a program with these new values can be run. A move that does not fit with the better ones
+                takes a move of a tied knob along that mends it, if both together improve; else it is passed over:
+                what would be best and cannot be had must not stand in the way of all else.
 
         Returns:
             New values, and the posterior mean of what they improve together. Knobs that no move of improves by
@@ -145,16 +149,33 @@ class Moves:
 
     def _best(self, gains: Array, count: int, fits: Fits, *, least: int = 0) -> tuple[Values, float]:
         moved: Values = {}
-        expected = 0.0
+        expected, mended = 0.0, 0
         order: list[int] = np.argsort(-gains).tolist()
         for move in order:
-            name = self.names[move]
-            if len(moved) == count or (len(moved) >= least and gains[move] <= 0):
+            if len(moved) >= count or (len(moved) >= least and gains[move] <= 0):
                 break
-            if name not in moved and fits(moved | {name: self.values[move]}):
-                moved[name] = self.values[move]
-                expected += float(self.mean[move])
+            if self.names[move] in moved:
+                continue
+            taken = (move,) if fits(moved | self._values_of(move)) else ()
+            if not taken and mended < MENDED and self.names[move] in self.tied:
+                mended += 1
+                taken = self._mended(move, order, gains, moved, fits)
+            moved |= self._values_of(*taken)
+            expected += float(sum(self.mean[one] for one in taken))
         return moved, expected
+
+    def _mended(self, move: int, order: Sequence[int], gains: Array, moved: Values, fits: Fits) -> tuple[int, ...]:
+        """The move with the best one of a tied knob with which it fits; nothing if they do not improve together."""
+        partners = self.tied[self.names[move]] - moved.keys()
+        for other in order:
+            if gains[move] + gains[other] <= 0:
+                break
+            if self.names[other] in partners and fits(moved | self._values_of(move, other)):
+                return move, other
+        return ()
+
+    def _values_of(self, *moves: int) -> Values:
+        return {self.names[move]: self.values[move] for move in moves}
 
 
 class KnobModel:
@@ -221,12 +242,19 @@ class KnobModel:
             row[self._columns[name]] = features.at(values.get(name))
         return row
 
-    def moves(self, champion: Values, options: Mapping[str, Sequence[Value]]) -> Moves | None:
+    def moves(
+        self,
+        champion: Values,
+        options: Mapping[str, Sequence[Value]],
+        *,
+        tied: Mapping[str, Set[str]] | None = None,
+    ) -> Moves | None:
         """What moves of single knobs of a program are worth; None where too little is known, or there are none.
 
         Args:
             champion: Values of all knobs.
             options: New values, by knob.
+            tied: See `Moves`.
         """
         moves = [(name, value) for name, values in options.items() for value in values]
         if len(self._runs[HERE]) < LEAST or not moves:
@@ -242,7 +270,7 @@ class KnobModel:
             row[columns] = here[columns] - self._features[name].at(value)
         unit = fit.scale * fit.steepness(here)
         mean, spread = unit * change @ fit.weights, unit * change @ fit.root
-        return Moves([name for name, _ in moves], [value for _, value in moves], mean, spread)
+        return Moves([name for name, _ in moves], [value for _, value in moves], mean, spread, tied or {})
 
     def _fitted(self) -> _Fit:
         if self._fit is None:

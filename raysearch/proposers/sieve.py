@@ -22,6 +22,7 @@ from raysearch.knobs import (
     read_knobs,
     read_rules,
     rewrite,
+    tied,
 )
 from raysearch.model import Operator
 from raysearch.patches import unified_diff
@@ -98,6 +99,7 @@ class Sieve:
     Attributes:
         knobs: That may be moved.
         champion: Their values.
+        tied: Names that stand in a rule of the program with each.
     """
 
     def __init__(self, request: Request, path: str, known: Known, chance: random.Random) -> None:
@@ -108,6 +110,7 @@ class Sieve:
         self._constants = {name: line.value for name, line in constant_lines(self._source).items()}
         # A rule that the champion itself breaks, and runs, is no rule.
         self._rules = [rule for rule in read_rules(self._source) if self._holds([rule], self.champion)]
+        self.tied = tied(self._rules)
         self._known = set(request.known)
         self._seen = {tuple(self.champion.values())}
         self._failures = Failures(known.knobs, known.places, [run.value is None for run in known.told])
