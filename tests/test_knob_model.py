@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -148,6 +149,26 @@ def test_moves_that_cannot_be_run_are_passed_over_for_the_next_best_ones():
     assert moves.drawn(rng, 8, fits) == ({"A": 1, "B": 3}, 1.5)
     assert moves.sure(1.0, fits) == ({"A": 1, "B": 3}, 1.5)
     assert moves.drawn(rng, 8, lambda moved: False) == ({}, 0.0)
+
+
+def test_a_move_that_breaks_a_rule_takes_one_of_a_tied_knob_along_if_both_together_improve():
+    values: list[Value] = [576, 64, 32, 1, 2]
+    tied = {"WIDTH": {"HEAD", "OTHER"}, "HEAD": {"WIDTH"}, "OTHER": {"WIDTH"}}
+
+    def fits(moved: Values) -> bool:
+        return int(moved.get("WIDTH", 512)) % int(moved.get("HEAD", 128)) == 0
+
+    def moves(*mean: float) -> Moves:
+        return Moves(["WIDTH", "HEAD", "HEAD", "OTHER", "FREE"], values, np.array(mean), np.zeros((5, 3)), tied)
+
+    alone = replace(moves(2.0, -0.5, -1.0, -3.0, -1.0), tied={})
+    assert alone.sure(0.0, fits) == ({}, 0.0)
+    assert moves(2.0, -0.5, -1.0, -3.0, -1.0).sure(0.0, fits) == ({"WIDTH": 576, "HEAD": 64}, 1.5)
+    assert moves(2.0, -1.5, -1.0, -3.0, 0.5).sure(0.0, fits) == ({"WIDTH": 576, "HEAD": 32, "FREE": 2}, 1.5)
+    assert moves(2.0, -2.5, -3.0, 0.5, 0.3).sure(0.0, fits) == ({"OTHER": 1, "FREE": 2}, 0.8)
+    rng = np.random.default_rng(0)
+    assert moves(2.0, -0.5, -1.0, -3.0, 1.0).drawn(rng, 1, fits) == ({"WIDTH": 576, "HEAD": 64}, 1.5)
+    assert moves(2.0, -0.5, -1.0, -3.0, 3.0).drawn(rng, 1, fits) == ({"FREE": 2}, 3.0)
 
 
 def test_sure_moves_are_all_those_that_improve_by_a_lower_bound():

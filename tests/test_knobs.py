@@ -26,6 +26,7 @@ from raysearch.knobs import (
     size,
     skeleton,
     source_lines,
+    tied,
 )
 
 PROGRAM = '''"""A program.
@@ -316,6 +317,12 @@ def test_the_first_broken_rule_is_named():
 def test_a_rule_that_is_no_arithmetic_is_refused(rule: str):
     with pytest.raises(UserError, match="rewrite it"):
         broken_rule([rule], {"A": 1, "B": 2})
+
+
+def test_the_names_of_a_rule_are_tied_to_each_other():
+    assert tied(["A % B == 0", "A + C <= 1", "D > 1"]) == {"A": {"B", "C"}, "B": {"A"}, "C": {"A"}, "D": set()}
+    with pytest.raises(UserError, match="rewrite it"):
+        tied(["A.real"])
 
 
 def test_a_rule_that_never_ends_is_broken_at_once():

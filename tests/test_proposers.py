@@ -548,6 +548,20 @@ def test_what_no_rule_says_is_learned_from_what_fails():
     assert later < 0.7 * first  # in twice as many runs
 
 
+def test_what_a_rule_forbids_alone_is_proposed_together():
+    """The best width goes with the smaller head alone, and that was never run with it."""
+    program = "WIDTH = 512  # in {384, 448, 512, 576, 640, 704, 768}: a\nHEAD = 128  # in {32, 64, 128}: b\n"
+    program += "# rule: WIDTH % HEAD == 0\n" + "".join(f"{name} = 0.5  # in [0.0, 1.0]: c\n" for name in "ABCDEF")
+    bench, chance = Bench(AdditiveProposer(seed=1), champion=program), random.Random(1)
+    for _ in range(60):
+        values: Values = {name: chance.uniform(0.3, 0.7) for name in chance.sample("ABCDEF", 2)}
+        width, head = chance.choice([(384, 128), (512, 128), (512, 128), (640, 128), (512, 64), (448, 64)])
+        lost = ((width - 576) / 64) ** 2 - head / 500 + sum((float(place) - 0.5) ** 2 for place in values.values())
+        bench.tell(rewrite(program, {**values, "WIDTH": width, "HEAD": head}), lost)
+    proposed = [values_of(program) for program in bench.programs(16)]
+    assert sum((values["WIDTH"], values["HEAD"]) == (576, 64) for values in proposed) >= 8
+
+
 def test_rules_of_constants_that_are_no_knobs_are_kept(searcher: str):
     source = "A = 8  # in {2, 4, 8, 12, 16, 20}: a\nSTEP = 4\n# rule: A % STEP == 0\n"
     bench = Bench(mover(searcher=searcher), champion=source)

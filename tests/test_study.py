@@ -207,6 +207,11 @@ def test_a_decided_candidate_teaches_the_prior_once_and_a_carried_one_never():
     told.conclude()
     after_bad = told.lane.prior
     assert after_bad.better() < 0.25
+    verdict = next(event for record in reversed(told.records) if isinstance(event := record.event, Judged))
+    assert verdict.learned is not None
+    ((gain, _, dof),) = verdict.learned.effects
+    assert gain < 0 < verdict.learned.sigma
+    assert dof == 2
     told.promise(one, other)
     assert told.lane.prior == after_bad
     told.confirm(one, other)

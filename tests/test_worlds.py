@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 from histories import START, commit_of, cpu_profile, gpu_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -472,6 +473,23 @@ def test_replaying_the_events_of_a_random_world_gives_the_same_state_and_command
     commands = next_commands(world.study, world.shape.slots, asking={})
     for study in (replayed, half):
         assert next_commands(study, world.shape.slots, asking={}) == commands
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_journal_without_what_verdicts_teach_teaches_the_same(seed: int):
+    world = World(seed)
+    world.live()
+    older, learned = Study(world.shape.settings), 0
+    for record in world.records:
+        event = record.event
+        if isinstance(event, Judged):
+            learned += event.learned is not None
+            event = replace(event, learned=None)
+        older.apply(replace(record, event=event))
+    for slug, lane in world.study.lanes.items():
+        assert older.lanes[slug].prior.counts == pytest.approx(lane.prior.counts)
+        assert learned or lane.prior == judge.Prior()
 
 
 @settings(max_examples=30, deadline=None)

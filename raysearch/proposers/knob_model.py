@@ -157,7 +157,7 @@ class Moves:
             if self.names[move] in moved:
                 continue
             taken = (move,) if fits(moved | self._values_of(move)) else ()
-            if not taken and mended < MENDED and self.names[move] in self.tied:
+            if not taken and mended < MENDED and self.tied.get(self.names[move]):
                 mended += 1
                 taken = self._mended(move, order, gains, moved, fits)
             moved |= self._values_of(*taken)
