@@ -20,7 +20,7 @@ from raysearch.proposers.knob_model import HERE, KnobModel, Moves
 from raysearch.proposers.reach import within_reach
 from raysearch.proposers.sieve import MOVED_KNOBS, Found, Known, Run, Sieve, movable, near
 
-MODELLED_KNOBS = (2, 4, 8, 16)  # how many knobs one proposal moves at most, once there is a run for each of them
+MODELLED_KNOBS = (4, 8, 16)  # how many knobs one proposal moves at most, once there is a run for each of them
 SURE_SHARE = 0.25  # of the proposals, that move at once all knobs of which the model is sure (docs/adr/0031)
 SHARED_SURE_SHARE = 0.5  # of them, if the model knows runs on other profiles (docs/adr/0032)
 CAUTIONS = (0.5, 1.0)  # posterior standard deviations that such a move may disappoint by and still help
