@@ -2,7 +2,7 @@
 
 Thompson sampling, bold or tempered: of those that are asked for together each follows another draw of the model. Others
 move at once all that the model is sure of. A model knows what was run on other profiles too. What it is stands in
-`knob_model`; docs/adr/0029 to 0034 say what it is worth.
+`knob_model`; docs/adr/0029 to 0035 say what it is worth.
 """
 
 from __future__ import annotations
