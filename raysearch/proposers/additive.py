@@ -108,7 +108,10 @@ class AdditiveProposer(Proposer):
     def _wanted(
         self, sieve: Sieve, moves: Moves, counts: tuple[int, ...], sure: float
     ) -> Iterator[tuple[Values, float]]:
-        """New values, and what they are expected to improve: now and then what is sure first, then draws."""
+        """New values, and what they are expected to improve: now and then what is sure first, then draws.
+
+        Where none of these are new, as with few knobs, then of fewer knobs.
+        """
 
         def fits(moved: Values) -> bool:
             return sieve.fits(sieve.champion | moved)
@@ -116,5 +119,6 @@ class AdditiveProposer(Proposer):
         if self._random.random() < sure:
             yield moves.sure(self._random.choice(CAUTIONS), fits)
         rng = np.random.default_rng(self._random.getrandbits(64))
-        for _ in range(DRAWS):
-            yield moves.drawn(rng, self._random.choice(counts), fits, boldness=self._random.choice(BOLDNESS))
+        for some in (counts, MOVED_KNOBS):
+            for _ in range(DRAWS):
+                yield moves.drawn(rng, self._random.choice(some), fits, boldness=self._random.choice(BOLDNESS))
