@@ -345,7 +345,7 @@ class Judged:
         p_better: Posterior probability that the change is an improvement.
         gain: What the change is worth after all that is known, in units of the metric with positive better.
         conflict: Whether its change cannot be merged onto the champion: a proposer may find another way.
-        learned: None where nothing is learned, and in journals that were written without it: then it is worked out.
+        learned: None where nothing is learned, where a race failed, and in older journals: then it is worked out.
     """
 
     candidate: str
