@@ -16,7 +16,6 @@ from raysearch.model import (
     Candidate,
     Event,
     Judged,
-    Learned,
     Operator,
     Proposal,
     Purpose,
@@ -235,7 +234,7 @@ def _screen_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged |
         found.delta_se,
         p_better=found.p_better,
         gain=found.gain,
-        learned=_learned(study, lane, state, found.verdict, known),
+        learned=study.learned(lane, state, found.verdict, known),
     )
 
 
@@ -271,15 +270,8 @@ def _race_verdict(study: Study, lane: Lane, state: CandidateState) -> Judged | N
         pairs=len(pairs),
         p_better=found.p_better,
         gain=found.gain,
-        learned=_learned(study, lane, state, verdict, known),
+        learned=study.learned(lane, state, verdict, known),
     )
-
-
-def _learned(study: Study, lane: Lane, state: CandidateState, verdict: Verdict, known: judge.Judge) -> Learned | None:
-    """What a candidate that is decided teaches."""
-    if verdict is Verdict.RETEST or not study.teaches(state):
-        return None
-    return study.learned(lane, state, known)
 
 
 def _health(study: Study, lane: Lane, slots: Sequence[Slot]) -> list[Command]:

@@ -620,12 +620,7 @@ class Study:
 
     def _learn_effect(self, lane: Lane, state: CandidateState, event: Judged) -> None:
         """What the candidate's effect says of changes in general: once, when it is decided."""
-        if event.verdict is Verdict.RETEST or not self.teaches(state):
-            return
-        learned = event.learned
-        if learned is None:
-            known = self.judge(lane, state.base)
-            learned = self.learned(lane, state, known) if known else None
+        learned = event.learned or self.learned(lane, state, event.verdict)
         if learned is not None:
             prior = lane.prior.at(learned.sigma)
             unit = prior.unit or learned.sigma
@@ -823,12 +818,22 @@ class Study:
             return None
         return known.screened(screened.value, self.base_values(lane, state))
 
-    def teaches(self, state: CandidateState) -> bool:
-        """Whether a candidate's effect says something of changes in general."""
-        return not state.candidate.proposal.carries and not self.simplifies(state)
+    def learned(
+        self, lane: Lane, state: CandidateState, verdict: Verdict, known: judge.Judge | None = None
+    ) -> Learned | None:
+        """What the runs of a candidate that is decided say of its effect, for the prior; None where they say nothing.
 
-    def learned(self, lane: Lane, state: CandidateState, known: judge.Judge) -> Learned | None:
-        """What the runs of a candidate say of its effect, for the prior; None where they say nothing."""
+        Args:
+            lane: Of the candidate's profile.
+            state: The candidate's, before the verdict.
+            verdict: On it.
+            known: The judge of what it was built on, if it is at hand.
+        """
+        if verdict is Verdict.RETEST or state.candidate.proposal.carries or self.simplifies(state):
+            return None
+        known = known or self.judge(lane, state.base)
+        if known is None:
+            return None
         pairs = self.sound_pairs(lane, state)
         found = [self.screen_evidence(lane, state, known), known.raced(pairs) if pairs else None]
         effects = [known.in_metric(one) for one in found if one is not None]
