@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache, cached_property, lru_cache
 from importlib import resources
+from itertools import product
 from typing import Any
 
 from raysearch.errors import UserError
@@ -463,7 +464,7 @@ GRID = 24  # steps in which a range is searched, three times: each time between 
 def starts(surrogate: Surrogate, regime: Regime) -> Values:
     """The program that a search of this regime starts with.
 
-    EXHAUSTED is an optimum in each knob, and in depth, width and batch together. MID and LATE have each
+    EXHAUSTED is an optimum in each knob, and in depth, width, heads and batch together. MID and LATE have each
     knob part of the way there, but for those whose move would make the program fail.
     """
     if regime is Regime.EARLY:
@@ -499,12 +500,12 @@ def _optimum(surrogate: Surrogate) -> Values:
 
 
 def _shapes(values: Values) -> Iterator[Values]:
-    """The program with any depth, width and batch: these three belong together."""
+    """The program with any depth, width, heads and batch: these four belong together."""
     yield values
-    for depth in range(2, 25):
-        for width in _DIALS["MODEL_DIM"].choices:
-            for batch in _DIALS["TOTAL_BATCH_SIZE"].choices:
-                yield {**values, "DEPTH": depth, "MODEL_DIM": width, "TOTAL_BATCH_SIZE": batch}
+    others = product(*(_DIALS[name].choices for name in ("MODEL_DIM", "HEAD_DIM", "TOTAL_BATCH_SIZE")))
+    for width, head, batch in others:
+        for depth in range(2, 25):
+            yield {**values, "DEPTH": depth, "MODEL_DIM": width, "HEAD_DIM": head, "TOTAL_BATCH_SIZE": batch}
 
 
 def _best_of(surrogate: Surrogate, values: Values, dial: Dial) -> Values:
