@@ -28,7 +28,6 @@ from raysearch.knobs import Values
 from raysearch.model import Direction, Outcome
 from raysearch.proposers import Idea, Proposer, Request, Told
 from raysearch.proposers.additive import AdditiveProposer
-from raysearch.proposers.combine import CombineProposer
 from raysearch.proposers.transfer import TransferProposer
 from raysearch.proposers.tune import TuneProposer
 from raysearch.simulate import Ratcheted, Simulated, fleet, simulate
@@ -64,8 +63,6 @@ def made(movers: Iterable[str], seed: int, *, elsewhere: bool = True) -> list[Pr
     return [
         AdditiveProposer(seed=seed, elsewhere=elsewhere)
         if name == "additive"
-        else CombineProposer()
-        if name == "combine"
         else TuneProposer(searcher=name, seed=seed)
         for name in movers
     ]

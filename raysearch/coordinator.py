@@ -536,7 +536,6 @@ class Coordinator:
                 origin=self._files(self._study.candidate(lane.base).candidate.commit),
                 elsewhere=self._elsewhere(lane),
                 unmerged=[self._step_of(self._study.candidate(name)) for name in lane.unmerged[-STEPS:]],
-                near=[self._step_of(self._study.candidate(name)) for name in self._study.near_misses(lane)],
                 sources=frozenset(lane.sources),
                 brief=brief(self._study, command.profile) if asker.wants_brief else None,
                 task=task(self._objective, budget=lane.profile.budget),

@@ -52,7 +52,6 @@ SCREEN_SEEDS = 100_000  # and the n-th candidate's first run 100000 + n, so that
 HOPELESS = 0.02  # P(better) under which a first run is next to hopeless
 COLD_LOOK = 64  # of a program's runs, its first ones, that are looked at for those that were the first on their slots
 WARM_RUNS = 3  # of a program, after which those that were the first ones on their slots count no more
-NEAR_MISSES = 6  # changes that lost and are put together
 RECENT = 0.2  # of a new trial in the running mean of their seconds
 
 
@@ -194,7 +193,6 @@ class Lane:
         screens: Proposals that were tried or are in line; a change that is carried onto a new champion is not counted.
         refusals: Proposals that were refused since anything new was known of the profile.
         unmerged: Wins that are in conflict with the champion.
-        near: Candidates that lost and are more likely to be worth something than not: by their posterior gain.
         wall_s: About how long a trial takes; None before one was measured.
         started: Trials that were started.
         repeated_at: How many had been started when the champion's latest fresh run was.
@@ -234,7 +232,6 @@ class Lane:
     screens: int = 0
     refusals: int = 0
     unmerged: list[str] = field(default_factory=list[str])
-    near: dict[str, None] = field(default_factory=dict[str, None])
     wall_s: float | None = None
     started: int = 0
     repeated_at: int = 0
@@ -608,8 +605,6 @@ class Study:
         else:
             if won and event.conflict:
                 lane.unmerged.append(event.candidate)
-            elif self._is_near_miss(lane, state):
-                lane.near[event.candidate] = None
             self._close(lane, event.candidate)
             if self._union(state.candidate.proposal):
                 self._split(lane, state.candidate.proposal)
@@ -796,17 +791,6 @@ class Study:
             promised += state.gain or 0.0
             candidate_id = self.candidates[candidate_id].base
         return promised
-
-    def _is_near_miss(self, lane: Lane, state: CandidateState) -> bool:
-        noise = self.noise(lane, state.base)
-        if noise is None or self.simplifies(state) or state.gain is None:
-            return False
-        return state.gain > self.settings.rules.least_effect * noise.sigma
-
-    def near_misses(self, lane: Lane) -> list[str]:
-        """Changes that lost, and are better than nothing by what is known of them; the most promising ones first."""
-        recent = list(lane.near)[-NEAR_MISSES * 4 :]
-        return sorted(recent, key=lambda name: self.candidates[name].gain or 0.0, reverse=True)[:NEAR_MISSES]
 
     def noise(self, lane: Lane, base: str | None = None) -> judge.Noise | None:
         """Noise of a program and of those near to it in the lineage: of the champion, unless another one is named."""

@@ -61,7 +61,6 @@ class Request:
     origin: Mapping[str, str] = field(default_factory=dict[str, str])
     elsewhere: Sequence[Step] = ()
     unmerged: Sequence[Step] = ()
-    near: Sequence[Step] = ()
     sources: Set[str] = frozenset()
     directions: Directions = field(default_factory=Directions)
     brief: Brief | None = None

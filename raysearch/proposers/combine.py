@@ -5,7 +5,7 @@ It moves knobs only: two changes of the same lines of code are left to an agent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from raysearch.errors import UserError
 from raysearch.knobs import Knob, Value, read_knobs, same_value
@@ -40,12 +40,6 @@ class CombineProposer(Proposer):
                     f"combine {win.candidate} {way}",
                     lambda win=win, travel=travel, said=said: _combined(request, win, travel, said),
                 )
-        for size in range(2, len(request.near) + 1):
-            some = request.near[:size]
-            yield Attempt(
-                f"combine {' '.join(sorted(one.candidate for one in some))}",
-                lambda some=some: _together(request, some),
-            )
 
 
 def _combined(request: Request, win: Step, travel: Travel, said: str) -> Change | None:
@@ -55,24 +49,6 @@ def _combined(request: Request, win: Step, travel: Travel, said: str) -> Change 
     if not changed:
         return None
     return Change(changed, f"{win.hypothesis}, {said}: {described(request.files, changed)}")
-
-
-def _together(request: Request, some: Sequence[Step]) -> Change | None:
-    made, used = dict(request.files), []
-    for one in some:
-        changed = carry(one.before, one.after, made, _as_it_was)
-        if changed:
-            made |= changed
-            used.append(one)
-    if len(used) < 2:
-        return None
-    changed = {path: text for path, text in made.items() if text != request.files.get(path)}
-    return Change(changed, "; ".join(one.hypothesis for one in used))
-
-
-def _as_it_was(here: Knob, before: Value, after: Value) -> Value | None:
-    """The new value where the old one stands still."""
-    return after if same_value(here.value, before) else None
 
 
 def _clashes(path: str, win: Step, request: Request) -> bool:
