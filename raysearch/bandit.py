@@ -6,18 +6,21 @@ It counts what its caller tells it and asks nobody; chance is passed in, as numb
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from raysearch.model import Operator
 
-EXPLORE = 0.08  # share of the orders that an arm leads for no merit, drawn evenly among the available ones
+EXPLORE = 0.08  # share of the orders that an arm leads for no merit: each available one for as long
 HALF_LIFE_TRIES = 250.0  # of all arms together, after which a try counts half
 PRIOR_TRIES = 4.0  # tries of the pooled success rate that every arm starts with
 LEAST_WINS = 0.5  # that are in these tries: with less, an arm that was hardly tried draws next to 0, as a useless one
 PRIOR_WINS = 2.0  # wins of the pooled gain that every arm starts with
 FIRST_RATE = 0.1  # success rate before anything was tried
 FIRST_TRIES = 10.0  # tries that this rate weighs as much as
+TIDYING = (Operator.SIMPLIFY, Operator.ABLATE)  # win by being no worse: what others gain says nothing of their gain
 
 
 @dataclass(frozen=True)
@@ -96,27 +99,28 @@ def order(
 
     An arm's worth is drawn from what is known of it: a success rate from its Beta posterior, wins and hopes being its
     successes, times the mean gain of a win, over the mean seconds of a try (Thompson sampling: Chapelle and Li, NeurIPS
-    2011). Rate, gain and seconds of an arm with few tries lean on those of all arms together. Every arm leads at least
-    `explore / len(available)` of the orders.
+    2011). Rate, gain and seconds of an arm with few tries lean on those of all arms together; the gain of those that
+    tidy leans on 0. A share of `explore` of the orders is led for no merit, by an arm as rarely as its tries are long.
 
     Args:
         tallies: Of all arms, the unavailable ones too; a missing one was never tried.
         available: Arms that may be asked now.
         draw: Gives numbers that are uniform in [0, 1).
-        explore: Share of orders that an evenly drawn arm leads.
+        explore: Share of orders that are led for no merit.
     """
     if not available:
         return []
     pooled = _sum(tallies.values())
-    worth = {arm: _worth(tallies.get(arm, Tally()), pooled, draw) for arm in available}
+    worth = {arm: _worth(arm, tallies.get(arm, Tally()), pooled, draw) for arm in available}
     arms = sorted(available, key=lambda arm: worth[arm], reverse=True)
     if draw() < explore:
-        lucky = arms.pop(int(draw() * len(arms)))
-        arms.insert(0, lucky)
+        shares = [1 / _seconds(tallies.get(arm, Tally()), pooled) for arm in arms]
+        place = bisect(list(accumulate(shares)), draw() * sum(shares), hi=len(arms) - 1)
+        arms.insert(0, arms.pop(place))
     return arms
 
 
-def _worth(tally: Tally, pooled: Tally, draw: Callable[[], float]) -> float:
+def _worth(arm: Arm, tally: Tally, pooled: Tally, draw: Callable[[], float]) -> float:
     """A draw of the confirmed gain per second that the arm will have."""
     # a win may be counted for longer than its try, hence the bound
     rate = min(0.99, (pooled.wins + pooled.hopes + FIRST_RATE * FIRST_TRIES) / (pooled.tries + FIRST_TRIES))
@@ -124,9 +128,15 @@ def _worth(tally: Tally, pooled: Tally, draw: Callable[[], float]) -> float:
     losses = max(0.0, tally.tries - hits)
     prior_wins = max(LEAST_WINS, PRIOR_TRIES * rate)
     success = _beta(hits + prior_wins, losses + PRIOR_TRIES * (1 - rate), draw)
-    gain = _shrunk(tally.gain, tally.wins, of_all=_mean(pooled.gain, pooled.wins), weight=PRIOR_WINS)
-    seconds = _shrunk(tally.seconds, tally.tries, of_all=_mean(pooled.seconds, pooled.tries), weight=PRIOR_TRIES)
-    return success * max(0.0, gain) / max(seconds, 1e-9)
+    of_all = 0.0 if arm.operator in TIDYING else _mean(pooled.gain, pooled.wins)
+    gain = _shrunk(tally.gain, tally.wins, of_all=of_all, weight=PRIOR_WINS)
+    return success * max(0.0, gain) / _seconds(tally, pooled)
+
+
+def _seconds(tally: Tally, pooled: Tally) -> float:
+    """Slot time of one try of an arm."""
+    found = _shrunk(tally.seconds, tally.tries, of_all=_mean(pooled.seconds, pooled.tries), weight=PRIOR_TRIES)
+    return max(found, 1e-9)
 
 
 def _shrunk(total: float, count: float, *, of_all: float, weight: float) -> float:
