@@ -407,8 +407,9 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
     lead = next((name for name, pace in paces.items() if not pace.is_out and not pace.trouble), None)
     leads = [name for name in quick if name in MOVERS] if quick and quick[0] in MOVERS else quick[:1]
     lines, side = Counter(lane.line.values()), -(-present // SIDE_SHARE)
-    others = len(lane.line) - sum(lines[name] for name in leads)
-    wanted = idle + _line([paces[name] for name in leads], lane, present) - others
+    others = sum(count for name, count in lines.items() if name not in leads and name not in TIDYING)
+    # one at least: the bandit is to choose, and what only tidies takes nobody's place
+    wanted = max(1, idle + _line([paces[name] for name in leads], lane, present) - others)
     shares = _shares(study, lane, leads, wanted)
     left = _left(study, lane, asking)
     base: str | None = None

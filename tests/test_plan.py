@@ -544,6 +544,22 @@ def test_whoever_stands_beside_the_first_proposer_has_a_small_line_of_their_own(
     assert [(ask.proposer, ask.count) for ask in told.commands() if isinstance(ask, Ask)] == [("tune", 7)]
 
 
+def test_what_others_have_in_line_leaves_those_who_keep_it_a_place():
+    """On one slot two changes that only tidy were all there was to choose from, until both had had their races."""
+    told = ready(slots=(Slot("a", "cpu"),), proposers=("tune", "additive", "ablate", "simplify"), noise_share=0.0)
+    all_busy(told)
+    told.candidate(proposer="ablate")
+    told.candidate(proposer="simplify")
+    assert counts(told) == {"tune": 1, "additive": 1}
+    told.candidate(proposer="agent")
+    told.candidate(proposer="agent")
+    assert counts(told) == {"tune": 1, "additive": 1}
+    told = ready(slots=SIXTEEN, proposers=("tune", "ablate"), noise_share=0.0)
+    for proposer in ("ablate", "ablate", "agent"):
+        told.candidate(proposer=proposer)
+    assert counts(told)["tune"] == 16 + 2 - 1  # the agent's is one of those that the slots are waiting for
+
+
 def test_those_who_move_knobs_share_the_line_as_the_bandit_names_them_first():
     told = ready(slots=SIXTEEN, proposers=("additive", "tune", "transfer"), noise_share=0.0)
     asked = counts(told)
