@@ -111,11 +111,12 @@ def order(
     if not available:
         return []
     pooled = _sum(tallies.values())
-    worth = {arm: _worth(arm, tallies.get(arm, Tally()), pooled, draw) for arm in available}
+    known = {arm: tallies.get(arm, Tally()) for arm in available}
+    worth = {arm: _worth(arm, tally, pooled, draw) for arm, tally in known.items()}
     arms = sorted(available, key=lambda arm: worth[arm], reverse=True)
     if draw() < explore:
-        shares = [1 / _seconds(tallies.get(arm, Tally()), pooled) for arm in arms]
-        place = bisect(list(accumulate(shares)), draw() * sum(shares), hi=len(arms) - 1)
+        shares = list(accumulate(1 / _seconds(known[arm], pooled) for arm in arms))
+        place = bisect(shares, draw() * shares[-1], hi=len(arms) - 1)
         arms.insert(0, arms.pop(place))
     return arms
 

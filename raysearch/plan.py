@@ -432,7 +432,7 @@ def _asks(study: Study, lane: Lane, *, present: int, idle: int, asking: Asking, 
 
 def _shares(study: Study, lane: Lane, leads: Sequence[str], wanted: int) -> Mapping[str, int]:
     """How many proposals in line each of them has: one at least, else as often as the bandit names it first."""
-    if len(leads) < 2 or wanted <= 0:
+    if len(leads) < 2:
         return dict.fromkeys(leads, wanted)
     draws, draw = min(wanted, MOST_DRAWS), schedule.chance(study.settings.seed, lane.started)
     arms = [Arm(name, Operator.TUNE) for name in leads]

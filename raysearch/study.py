@@ -807,7 +807,7 @@ class Study:
     def simplifies(self, state: CandidateState) -> bool:
         """Whether a candidate only has to be no worse: it was made to be smaller, and is."""
         candidate = state.candidate
-        if candidate.proposal.operator not in (Operator.SIMPLIFY, Operator.ABLATE):
+        if candidate.proposal.operator not in bandit.TIDYING:
             return False
         return 0 < candidate.size < self.built_on(candidate).candidate.size
 

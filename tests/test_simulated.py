@@ -127,6 +127,7 @@ def test_neither_one_move_nor_two_help_an_exhausted_program(card: str):
     moves = single_moves(best)
     pairs = [one | two for one, two in itertools.combinations(moves, 2)]
     sound = [move for move in moves + pairs if is_sound(surrogate, {**best, **move})]
+    assert sum(move in moves for move in sound) > 30
     assert len(sound) > 500
     assert min(surrogate.value({**best, **move}) for move in sound) > surrogate.value(best) - surrogate.sigma / 10
 
